@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of the UNet and the VAE, and the hook through which it can be watched or replaced."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ip2p_jax.models.layers import Conv, GroupNorm
+
+
+class Place(NamedTuple):
+    """Where in the UNet an attention happens."""
+
+    block: str  # as in the tensor names: "down_blocks.0.attentions.1.transformer_blocks.0"
+    cross: bool  # on the text, else among the picture's own positions
+    height: int
+    width: int
+
+
+Attend = Callable[
+    [Place, Float[Array, "b n k d"], Float[Array, "b m k d"], Float[Array, "b m k d"]],
+    Float[Array, "b n k d"],
+]
+"""The hook: `attend(place, q, k, v)`, called for every attention of the UNet, once a trace."""
+
+
+def attend(
+    place: Place | None,
+    q: Float[Array, "b n k d"],
+    k: Float[Array, "b m k d"],
+    v: Float[Array, "b m k d"],
+) -> Float[Array, "b n k d"]:
+    """softmax(q k^T / sqrt(d)) v, softmax in float32."""
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with diffusers' tensor names; no bias on q, k, v."""
+
+    def __init__(
+        self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        def linear(c_in: int, *, bias: bool = False) -> nnx.Linear:
+            return nnx.Linear(c_in, width, use_bias=bias, dtype=dtype, rngs=rngs)
+
+        self.to_q = linear(width)
+        self.to_k = linear(context)
+        self.to_v = linear(context)
+        self.to_out = nnx.List([linear(width, bias=True)])
+        self.heads = heads
+
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        context: Float[Array, "b m e"],
+        place: Place,
+        attend: Attend,
+    ) -> Float[Array, "b n c"]:
+        q, k, v = (
+            rearrange(y, "b n (k d) -> b n k d", k=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.to_out[0](rearrange(attend(place, q, k, v), "b n k d -> b n (k d)"))
+
+
+class GEGLU(nnx.Module):
+    """Gated linear unit with the exact (erf) GELU (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(width, 2 * inner, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n e"]:
+        value, gate = rearrange(self.proj(x), "b n (two e) -> two b n e", two=2)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU and a projection back (`net.1`, torch's dropout, has no parameters and no effect)."""
+
+    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        project = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.net = nnx.List([GEGLU(width, 4 * width, dtype=dtype, rngs=rngs), None, project])
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, cross-attention on the text, feed-forward; each after a LayerNorm."""
+
+    def __init__(
+        self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+        self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
+        self.attn1 = Attention(width, width, heads, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(width, context, heads, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        text: Float[Array, "b m e"],
+        place: Place,
+        attend: Attend,
+    ) -> Float[Array, "b n c"]:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h, place, attend)
+        x = x + self.attn2(self.norm2(x), text, place._replace(cross=True), attend)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nnx.Module):
+    """Transformer blocks over the positions of a feature map (diffusers' `Transformer2DModel`)."""
+
+    def __init__(
+        self,
+        width: int,
+        context: int,
+        heads: int,
+        *,
+        layers: int,
+        groups: int,
+        linear_projection: bool,
+        name: str,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.name = name
+        self.norm = GroupNorm(width, groups, eps=1e-6, rngs=rngs)
+
+        def project() -> nnx.Module:  # the same arithmetic; checkpoints differ in the kernel's shape
+            if linear_projection:
+                return nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+            return Conv(width, width, 1, dtype=dtype, rngs=rngs)
+
+        self.proj_in = project()
+        self.transformer_blocks = nnx.List(
+            TransformerBlock(width, context, heads, dtype=dtype, rngs=rngs) for _ in range(layers)
+        )
+        self.proj_out = project()
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], text: Float[Array, "b m e"], attend: Attend
+    ) -> Float[Array, "b h w c"]:
+        _, height, width, _ = x.shape
+        y = rearrange(self.proj_in(self.norm(x)), "b h w c -> b (h w) c")
+        for i, block in enumerate(self.transformer_blocks):
+            place = Place(f"{self.name}.transformer_blocks.{i}", False, height, width)
+            y = block(y, text, place, attend)
+        return x + self.proj_out(rearrange(y, "b (h w) c -> b h w c", h=height))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers shared by the networks. Statistics of norms are float32 whatever the compute type."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ip2p_jax.types import Params
+
+
+def abstract(
+    network: type[nnx.Module], cfg: Any, *, dtype: DTypeLike = jnp.float32
+) -> tuple[Any, Params]:
+    """Returns (graphdef, parameters as ShapeDtypeStructs) of `network(cfg)`; allocates nothing.
+
+    `nnx.merge(graphdef, params)` is then the network, inside or outside of jit.
+    """
+
+    def build() -> nnx.Module:
+        rngs, key = nnx.Rngs(0), jax.random.key(0)
+        rngs.params = lambda: key  # counting keys under a trace would cost seconds
+        return network(cfg, dtype=dtype, rngs=rngs)
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+class Conv(nnx.Module):
+    """Convolution, NHWC x HWIO, with symmetric padding unless `padding` says otherwise."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+        self.stride = stride
+        self.padding = padding or (size // 2, size // 2)
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if kernel.shape[:2] == (1, 1):
+            y = x @ kernel[0, 0]
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=(self.padding, self.padding),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y + self.bias[...].astype(self.dtype)[None, None, None]
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (Wu & He 2018) over all positions of `groups` groups of channels."""
+
+    def __init__(self, channels: int, groups: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.groups = groups
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + self.eps)
+        ones = (1,) * (x.ndim - 1)
+        scale, bias = self.scale[...].reshape(*ones, -1), self.bias[...].reshape(*ones, -1)
+        return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
+def timestep_embedding(
+    t: Float[Array, " b"], channels: int, max_period: float = 10000.0
+) -> Float[Array, "b c"]:
+    """Sinusoidal embedding of a (fractional) timestep, cosines first."""
+    half = channels // 2
+    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = t.astype(jnp.float32)[:, None] * frequency[None]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class ResnetBlock(nnx.Module):
+    """Pre-activation residual block; `time_dim=None` leaves out the time embedding (VAE)."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        groups: int,
+        eps: float,
+        time_dim: int | None = None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = GroupNorm(c_in, groups, eps=eps, rngs=rngs)
+        self.conv1 = Conv(c_in, c_out, dtype=dtype, rngs=rngs)
+        if time_dim is not None:
+            self.time_emb_proj = nnx.Linear(time_dim, c_out, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(c_out, groups, eps=eps, rngs=rngs)
+        self.conv2 = Conv(c_out, c_out, dtype=dtype, rngs=rngs)
+        self.conv_shortcut = Conv(c_in, c_out, 1, dtype=dtype, rngs=rngs) if c_in != c_out else None
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b h w c2"]:
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(nnx.silu(time))[:, None, None]
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nnx.Module):
+    """Stride-2 convolution; the VAE's encoder pads (0, 1), the UNet (1, 1)."""
+
+    def __init__(
+        self, channels: int, *, padding: tuple[int, int], dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.conv = Conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour doubling, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+        return self.conv(rearrange(x, "b h i w j c -> b (h i) (w j) c"))

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The latent UNet with cross-attention of Stable Diffusion (Rombach et al. 2022).
+
+Attributes carry diffusers' tensor names, so a checkpoint is ported by one generic rule.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ip2p_jax.models.attention import Attend, SpatialTransformer, attend
+from ip2p_jax.models.layers import (
+    Conv,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+    timestep_embedding,
+)
+from ip2p_jax.models.presets import UNetConfig
+
+
+class TimeEmbedding(nnx.Module):
+    """Two-layer perceptron on the sinusoidal embedding."""
+
+    def __init__(self, channels: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(channels, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b e"]:
+        return self.linear_2(nnx.silu(self.linear_1(x)))
+
+
+class Block(nnx.Module):
+    """One level of either half: residual blocks, each followed by a transformer, then a resampling.
+
+    `c_ins` are the input channels of the residual blocks. In the upward half each residual block
+    takes the newest skip connection beside its input.
+    """
+
+    def __init__(
+        self,
+        cfg: UNetConfig,
+        level: int,
+        c_ins: list[int],
+        *,
+        name: str,
+        resample: Downsample | Upsample | None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        width = cfg.channels[level]
+        self.resnets = nnx.List(
+            ResnetBlock(
+                c_in,
+                width,
+                groups=cfg.norm_groups,
+                eps=1e-5,
+                time_dim=4 * cfg.channels[0],
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for c_in in c_ins
+        )
+        transformers = [
+            transformer(cfg, level, name=f"{name}.attentions.{i}", dtype=dtype, rngs=rngs)
+            for i in range(len(c_ins) if cfg.attention[level] else 0)
+        ]
+        self.attentions = nnx.List(transformers) if transformers else None
+        self.downsamplers = nnx.List([resample]) if isinstance(resample, Downsample) else None
+        self.upsamplers = nnx.List([resample]) if isinstance(resample, Upsample) else None
+
+    def down(self, x, time, text, attend: Attend, skips: list):
+        """Appends every intermediate result to `skips`."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions is not None:
+                x = self.attentions[i](x, text, attend)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x
+
+    def up(self, x, time, text, attend: Attend, skips: list):
+        """Takes its skip connections from the end of `skips`."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            if self.attentions is not None:
+                x = self.attentions[i](x, text, attend)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, transformer, residual block at the lowest resolution."""
+
+    def __init__(self, cfg: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = cfg.channels[-1]
+        self.resnets = nnx.List(
+            ResnetBlock(
+                width,
+                width,
+                groups=cfg.norm_groups,
+                eps=1e-5,
+                time_dim=4 * cfg.channels[0],
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for _ in range(2)
+        )
+        self.attentions = nnx.List(
+            [transformer(cfg, -1, name="mid_block.attentions.0", dtype=dtype, rngs=rngs)]
+        )
+
+    def __call__(self, x, time, text, attend: Attend):
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, text, attend)
+        return self.resnets[1](x, time)
+
+
+def transformer(
+    cfg: UNetConfig, level: int, *, name: str, dtype: DTypeLike, rngs: nnx.Rngs
+) -> SpatialTransformer:
+    return SpatialTransformer(
+        cfg.channels[level],
+        cfg.context_dim,
+        cfg.heads[level],
+        layers=cfg.transformer_layers,
+        groups=cfg.norm_groups,
+        linear_projection=cfg.linear_projection,
+        name=name,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class UNet(nnx.Module):
+    """Predicts the noise (or v) in a latent, given the timestep and the text."""
+
+    def __init__(self, cfg: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        channels, n, last = cfg.channels, cfg.layers_per_block, len(cfg.channels) - 1
+        self.base_channels = channels[0]
+        self.conv_in = Conv(cfg.in_channels, channels[0], dtype=dtype, rngs=rngs)
+        self.time_embedding = TimeEmbedding(channels[0], 4 * channels[0], dtype=dtype, rngs=rngs)
+
+        down, skips = [], [channels[0]]
+        for i, width in enumerate(channels):
+            c_ins = [skips[-1]] + [width] * (n - 1)
+            resample = None
+            if i < last:
+                resample = Downsample(width, padding=(1, 1), dtype=dtype, rngs=rngs)
+            name = f"down_blocks.{i}"
+            down.append(
+                Block(cfg, i, c_ins, name=name, resample=resample, dtype=dtype, rngs=rngs)
+            )
+            skips += [width] * (n + (i < last))
+        self.down_blocks = nnx.List(down)
+
+        self.mid_block = MidBlock(cfg, dtype=dtype, rngs=rngs)
+
+        up, below = [], channels[-1]
+        for i, width in enumerate(reversed(channels)):
+            c_ins = [c + skips.pop() for c in [below] + [width] * n]
+            resample = Upsample(width, dtype=dtype, rngs=rngs) if i < last else None
+            name = f"up_blocks.{i}"
+            up.append(
+                Block(cfg, last - i, c_ins, name=name, resample=resample, dtype=dtype, rngs=rngs)
+            )
+            below = width
+        self.up_blocks = nnx.List(up)
+
+        self.conv_norm_out = GroupNorm(channels[0], cfg.norm_groups, eps=1e-5, rngs=rngs)
+        self.conv_out = Conv(channels[0], cfg.out_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        z: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b n e"],
+        attend: Attend = attend,
+    ) -> Float[Array, "b h w o"]:
+        """`z` (scaled by c_in, the image latent beside it), `t` in 0..999, fractions allowed.
+
+        Height and width must be multiples of 2^(levels - 1). The result is float32.
+        """
+        time = self.time_embedding(timestep_embedding(t, self.base_channels))
+        x = self.conv_in(z)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block.down(x, time, text, attend, skips)
+        x = self.mid_block(x, time, text, attend)
+        for block in self.up_blocks:
+            x = block.up(x, time, text, attend, skips)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight fake devices, no network, and one compilation cache shared with the processes tests start."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".cache" / "jax")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tiny_ip2p(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder in the shape of `presets.TINY` with 8 input channels, random weights."""
+    from tests.oracles import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("tiny_ip2p"), in_channels=8)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 4 input channels: what InstructPix2Pix starts from."""
+    from tests.oracles import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("tiny_sd"), in_channels=4)
