@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 
-LUMA = np.float32([0.299, 0.587, 0.114])
-SEPIA = np.float32([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]], np.float32)
 
 
 class Edit(NamedTuple):
@@ -178,6 +178,7 @@ EDITS = {
         (
             "invert the colours",
             "invert it",
+            "invert the whole picture",
             "make it a negative",
             "turn it into a negative",
             "invert all the colours in the photo",
@@ -192,11 +193,11 @@ EDITS = {
             "show it with inverted colours",
         ),
         (
-            "invert the picture",
+            "invert the photo",
             "turn the photo into a film negative",
             "make the colours inverted",
             "reverse all the colours in the picture",
-            "show the picture as a negative",
+            "show the photo with inverted colours",
         ),
     ),
     "brighter": Edit(
@@ -253,9 +254,7 @@ EDITS = {
             "turn down the exposure",
         ),
     ),
-    "red_tint": Edit(
-        red_tint, "with a red tint", _colour_wordings("red"), _colour_held_out("red")
-    ),
+    "red_tint": Edit(red_tint, "with a red tint", _colour_wordings("red"), _colour_held_out("red")),
     "green_tint": Edit(
         green_tint, "with a green tint", _colour_wordings("green"), _colour_held_out("green")
     ),
@@ -312,7 +311,7 @@ EDITS = {
         (
             "mirror the photo horizontally",
             "flip the picture horizontally",
-            "show the mirror image of it",
+            "show its mirror image",
             "flip the left and the right side",
             "reflect the photo from left to right",
         ),

@@ -54,7 +54,9 @@ def load_photo(file: str) -> Image.Image:
     try:
         from skimage.data import data_dir
     except ModuleNotFoundError:
-        raise ValueError("the photographs need scikit-image: pip install 'ip2p_jax[photos]'") from None
+        raise ValueError(
+            "the photographs need scikit-image: pip install 'ip2p_jax[photos]'"
+        ) from None
     photo = Image.open(Path(data_dir) / file).convert("RGB")
     photo.thumbnail((720, 720), Image.Resampling.LANCZOS)
     return photo
@@ -97,7 +99,12 @@ def held_out_crops(count: int, size: int = 64, seed: int = 0) -> list[Pixels]:
 
 
 def write_prompt(
-    folder: Path, photo_name: str, photo: Image.Image, rng: np.random.Generator, pairs: int, size: int
+    folder: Path,
+    photo_name: str,
+    photo: Image.Image,
+    rng: np.random.Generator,
+    pairs: int,
+    size: int,
 ) -> list[str]:
     """Writes one prompt folder: one photograph, one edit, one wording, `pairs` crops.
 

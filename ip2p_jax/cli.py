@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the entry points share: one line per user error, and files that appear whole or not at all."""
+"""What the entry points share: errors of one line, whole files, compiled programs kept."""
 
+import argparse
 import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import jax
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `ValueError`s, so that they take one line too."""
+
+    def error(self, message: str):
+        raise ValueError(message)
 
 
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -30,7 +40,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to `path` when the block ends without error."""
+    """Yields a temporary path beside `path`, renamed to `path` if the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -40,3 +50,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if part.is_file():
             part.unlink()
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs in ~/.cache/ip2p_jax, or where JAX_COMPILATION_CACHE_DIR says."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ip2p_jax" / "programs"))

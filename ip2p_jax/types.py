@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What the UNet is conditioned on: CLIP states and the image latent (posterior mean, unscaled)."""
+    """What the UNet is conditioned on: CLIP states and the image latent (mean, unscaled)."""
 
     text: Float[Array, "b n c"]
     image: Float[Array, "b h w z"]

@@ -123,7 +123,7 @@ def tiny_folder(
     scheduler=None,
     **save_options,
 ) -> Path:
-    """Writes a diffusers folder in the shape of `presets.TINY`, with random weights; returns its path.
+    """Writes a diffusers folder in the shape of `presets.TINY`, random weights; returns its path.
 
     `unet`, `vae`, `text` replace entries of the configurations, `tokenizer` gives options of the
     tokenizer (e.g. `pad_token="!"`), `scheduler` is a diffusers scheduler; the rest goes to

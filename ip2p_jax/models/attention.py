@@ -136,7 +136,7 @@ class SpatialTransformer(nnx.Module):
         self.name = name
         self.norm = GroupNorm(width, groups, eps=1e-6, rngs=rngs)
 
-        def project() -> nnx.Module:  # the same arithmetic; checkpoints differ in the kernel's shape
+        def project() -> nnx.Module:  # the same map; checkpoints differ in shape
             if linear_projection:
                 return nnx.Linear(width, width, dtype=dtype, rngs=rngs)
             return Conv(width, width, 1, dtype=dtype, rngs=rngs)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a network's prediction to a denoiser, and from denoisers to a guided denoiser.
+
+Samplers see only `denoise(z, sigma) -> z0`. Guidance is a function that returns another one.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ip2p_jax.diffusion.schedule import Schedule
+from ip2p_jax.types import Conditioning, Denoise
+
+Network = Callable[
+    [Float[Array, "b h w c_in"], Float[Array, "b"], Float[Array, "b n c"]],
+    Float[Array, "b h w 4"],
+]
+"""`network(z, t, text)`: the noisy latent of unit variance with the image latent behind it along
+the channels, float32 timesteps and CLIP states; the predicted epsilon or v."""
+
+ConditionalDenoise = Callable[
+    [Float[Array, "b h w 4"], Float[Array, ""], Conditioning], Float[Array, "b h w 4"]
+]
+"""`denoise(z, sigma, cond) -> z0`. `functools.partial(denoise, cond=cond)` is unguided."""
+
+
+def denoiser(network: Network, schedule: Schedule) -> ConditionalDenoise:
+    """Denoises with a network of the given schedule and prediction type.
+
+    Only the noisy channels are scaled to unit variance (c_in = 1 / sqrt(sigma^2 + 1)). A
+    text-to-image network is given an image latent of no channels.
+    """
+    to_z0 = v_to_z0 if schedule.prediction == "v_prediction" else epsilon_to_z0
+
+    def denoise(
+        z: Float[Array, "b h w 4"], sigma: Float[Array, ""], cond: Conditioning
+    ) -> Float[Array, "b h w 4"]:
+        scaled = jnp.concatenate([z / jnp.sqrt(sigma**2 + 1), cond.image], axis=-1)
+        t = jnp.full(z.shape[:1], schedule.t(sigma))
+        return to_z0(z, sigma, network(scaled, t, cond.text).astype(jnp.float32))
+
+    return denoise
+
+
+def epsilon_to_z0(
+    z: Float[Array, "b h w c"], sigma: Float[Array, ""], eps: Float[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
+    """Solves z = z0 + sigma eps for z0."""
+    return z - sigma * eps
+
+
+def v_to_z0(
+    z: Float[Array, "b h w c"], sigma: Float[Array, ""], v: Float[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
+    """Solves v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z0 (Salimans and Ho 2022) for z0."""
+    return z / (sigma**2 + 1) - v * sigma / jnp.sqrt(sigma**2 + 1)
+
+
+def guide_edit(
+    denoise: ConditionalDenoise,
+    cond: Conditioning,
+    null_text: Float[Array, "b n c"],
+    text_scale: Float[Array, "b"],
+    image_scale: Float[Array, "b"],
+) -> Denoise:
+    """Classifier-free guidance by image and text (section 3.2.1, equation 3).
+
+    eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)), one s_I and s_T per example.
+    It is applied to z0 instead: the weights add up to one, and z0 is an affine function of eps, and
+    of v, at a given z and sigma. The null image is zero; `null_text` may be a negative text. Any
+    scale is legal: image scales below 1, zero and negative ones extrapolate like the rest.
+    """
+    no_image = jnp.zeros_like(cond.image)
+    branches = Conditioning(
+        text=jnp.stack([null_text, null_text, cond.text]),
+        image=jnp.stack([no_image, cond.image, cond.image]),
+    )
+    s_t, s_i = (scale[:, None, None, None] for scale in (text_scale, image_scale))
+
+    def guided(z: Float[Array, "b h w c"], sigma: Float[Array, ""]) -> Float[Array, "b h w c"]:
+        none, image, both = jax.vmap(denoise, in_axes=(None, None, 0))(z, sigma, branches)
+        return none + s_i * (image - none) + s_t * (both - image)
+
+    return guided
+
+
+def guide_text(
+    denoise: ConditionalDenoise,
+    cond: Conditioning,
+    null_text: Float[Array, "b n c"],
+    text_scale: Float[Array, "b"],
+) -> Denoise:
+    """Classifier-free guidance by text alone (Ho and Salimans 2022); the image stays as it is."""
+    branches = Conditioning(
+        text=jnp.stack([null_text, cond.text]), image=jnp.stack([cond.image, cond.image])
+    )
+    s_t = text_scale[:, None, None, None]
+
+    def guided(z: Float[Array, "b h w c"], sigma: Float[Array, ""]) -> Float[Array, "b h w c"]:
+        none, text = jax.vmap(denoise, in_axes=(None, None, 0))(z, sigma, branches)
+        return none + s_t * (text - none)
+
+    return guided

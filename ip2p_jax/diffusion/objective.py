@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training objective: noise a latent, drop conditions, and score the network's prediction.
+
+Everything random comes from one key per row of the global batch, so that a row does not depend on
+the devices and hosts it is computed on.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ip2p_jax.diffusion.denoise import Network
+from ip2p_jax.diffusion.noise import unit_noise
+from ip2p_jax.diffusion.schedule import Schedule
+from ip2p_jax.types import Conditioning
+
+
+class Losses(NamedTuple):
+    """What each row lost, and at which timestep."""
+
+    loss: Float[Array, "b"]
+    t: Int[Array, "b"]
+
+
+def diffusion_loss(
+    network: Network,
+    schedule: Schedule,
+    keys: Key[Array, "b"],
+    z0: Float[Array, "b h w 4"],
+    cond: Conditioning,
+    null_text: Float[Array, "n c"],
+    drop_rate: float = 0.05,
+) -> tuple[Float[Array, ""], Losses]:
+    """Mean squared error of the predicted epsilon (or v) at uniform timesteps (equation 2).
+
+    z0 is the scaled latent of the target picture; `null_text` is the encoding of the empty string.
+    Each row's key is split once, for noise, timestep and dropout. Returns the mean in float32, and
+    the rows behind it.
+    """
+    noise_keys, t_keys, drop_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+    cond = drop_conditioning(drop_keys, cond, null_text, drop_rate)
+    total = len(schedule.alpha_bar)
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, total))(t_keys)
+    eps = unit_noise(noise_keys, z0.shape[1:])
+    noisy, target = q_sample(schedule, z0, eps, t)
+    predicted = network(
+        jnp.concatenate([noisy, cond.image], axis=-1), t.astype(jnp.float32), cond.text
+    )
+    loss = jnp.mean(jnp.square(predicted.astype(jnp.float32) - target), axis=(1, 2, 3))
+    return jnp.mean(loss), Losses(loss, t)
+
+
+def q_sample(
+    schedule: Schedule,
+    z0: Float[Array, "b h w c"],
+    eps: Float[Array, "b h w c"],
+    t: Int[Array, "b"],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """The latent noised to timestep t, with unit variance, and what the network has to predict."""
+    signal = jnp.asarray(np.sqrt(schedule.alpha_bar), jnp.float32)[t][:, None, None, None]
+    noise = jnp.asarray(np.sqrt(1 - schedule.alpha_bar), jnp.float32)[t][:, None, None, None]
+    target = signal * eps - noise * z0 if schedule.prediction == "v_prediction" else eps
+    return signal * z0 + noise * eps, target
+
+
+def drop_conditioning(
+    keys: Key[Array, "b"],
+    cond: Conditioning,
+    null_text: Float[Array, "n c"],
+    rate: float = 0.05,
+) -> Conditioning:
+    """Drops text only, both, and image only, each with probability `rate` (section 3.2.1).
+
+    One uniform number a row decides: below 2 rate the text goes, from rate to 3 rate the image. A
+    dropped text is `null_text`, a dropped image is zero. Raises ValueError unless 0 <= rate <= 1/3.
+    """
+    if not 0 <= rate <= 1 / 3:
+        raise ValueError(f"conditioning dropout: rate {rate}, expected 0 to 1/3")
+    u = jax.vmap(jax.random.uniform)(keys)
+    drop_text, drop_image = u < 2 * rate, (rate <= u) & (u < 3 * rate)
+    return Conditioning(
+        text=jnp.where(drop_text[:, None, None], null_text[None], cond.text),
+        image=jnp.where(drop_image[:, None, None, None], 0.0, cond.image),
+    )
+
+
+def sample_posterior(
+    keys: Key[Array, "b"], mean: Float[Array, "b h w c"], log_var: Float[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
+    """A sample of the VAE's posterior, not scaled: what a training target is made of.
+
+    The condition is the mean. The keys must not be used for anything else.
+    """
+    return mean + jnp.exp(log_var / 2) * unit_noise(keys, mean.shape[1:])
