@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small autoencoder from scratch: 64 px pictures to 16x16x4 latents.
+"""A small autoencoder from scratch on 2 CPU cores: 64 px pictures to 16x16x4 latents.
 
-python examples/photo_pairs.py --output data/pairs && python -m data_gen.pack --input data/pairs --output data/photos
-python -m ip2p_jax.train --config configs/vae_cpu.py --workdir runs/vae --config.data.path=data/photos
+python examples/photo_pairs.py --output data/pairs
+python -m data_gen.pack --input data/pairs --output data/photos
+JAX_NUM_CPU_DEVICES=2 python -m ip2p_jax.train --config configs/vae_cpu.py --workdir runs/vae
 """
 
-from ip2p_jax.config import Checkpoint, Config, Data, Log, Model, Objective, Optim
+from ip2p_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Objective, Optim
 from ip2p_jax.models.presets import ModelConfig, VAEConfig
 
 
 def get_config() -> Config:
-    vae = VAEConfig(channels=(16, 32, 64), layers_per_block=1, norm_groups=8, sample_size=64)
+    vae = VAEConfig(channels=(16, 24, 48), layers_per_block=1, norm_groups=8, sample_size=64)
     return Config(
         model=Model(base="", dims=ModelConfig(vae=vae)),
         data=Data(path="data/photos", batch_size=8, resolution=64, threads=1),
         objective=Objective(kind="vae"),
         optim=Optim(lr=1e-3, warmup=100, accumulate=1, ema_decay=0.999),
+        mesh=Mesh(data=-1, fsdp=1),
         checkpoint=Checkpoint(every=500),
         log=Log(every=50, samples_every=500),
-        steps=6000,
+        steps=5000,
     )

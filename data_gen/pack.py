@@ -202,6 +202,8 @@ def pack(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} is already there and not an empty folder")
     source = open_source(inputs, columns)
+    if not source.ids:
+        raise ValueError(f"{inputs[0]}: lists no pairs")
     listed = json.dumps([source.ids, source.seeds]).encode()
     settings = {
         "inputs": [str(path.resolve()) for path in inputs],

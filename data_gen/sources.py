@@ -157,7 +157,8 @@ def _columns(file: Path, names: Sequence[str], columns: dict[str, str] | None) -
 
 def _bytes(cell: Any) -> bytes | None:
     """The encoded picture of a cell: bytes, or the struct that `datasets` writes."""
-    return cell.get("bytes") if isinstance(cell, dict) else cell
+    cell = cell.get("bytes") if isinstance(cell, dict) else cell
+    return cell if isinstance(cell, bytes) else None
 
 
 class Row(NamedTuple):

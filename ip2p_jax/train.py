@@ -45,7 +45,7 @@ def train(cfg: config.Config, workdir: str, override: list[str], distributed: bo
         fresh = manager.latest_step() is None
 
         # What is trained: shapes -> shardings -> arrays.
-        task, tokenizer = runs.prepare(cfg, workdir, fresh)
+        task, tokenizer, finish = runs.prepare(cfg, workdir, fresh)
         tx = optim.make_optimizer(cfg.optim)
         shapes = state.abstract_state(task.init, task.args, tx)
         shardings = mesh.state_shardings(devices, shapes)
@@ -90,6 +90,8 @@ def train(cfg: config.Config, workdir: str, override: list[str], distributed: bo
                     log.say(f"SIGTERM: saved step {at}")
                     break
         manager.wait_until_finished()
+        if not stopping:
+            finish(current.ema, batches)
 
 
 def sampler(cfg, task, frozen, tokenizer, everywhere) -> Callable[[Params], list[np.ndarray]]:

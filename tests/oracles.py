@@ -6,6 +6,7 @@ norms have scales and biases of their own, no bias is zero.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -99,12 +100,15 @@ def small_tokenizer(size: int = 1024, **options) -> CLIPTokenizer:
 
 def pipeline(unet: dict, vae: dict, text: dict, tokenizer: CLIPTokenizer, seed: int, scheduler):
     """Builds diffusers' InstructPix2Pix pipeline with random weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        scheduler = scheduler or EulerAncestralDiscreteScheduler(**SCHEDULE)
     return StableDiffusionInstructPix2PixPipeline(
         vae=randomize(AutoencoderKL(**vae), seed + 1),
         text_encoder=randomize(CLIPTextModel(CLIPTextConfig(**text)), seed + 2),
         tokenizer=tokenizer,
         unet=randomize(UNet2DConditionModel(**unet), seed),
-        scheduler=scheduler or EulerAncestralDiscreteScheduler(**SCHEDULE),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -121,13 +125,14 @@ def tiny_folder(
     text: dict | None = None,
     tokenizer: dict | None = None,
     scheduler=None,
+    dtype: torch.dtype = torch.float32,
     **save_options,
 ) -> Path:
     """Writes a diffusers folder in the shape of `presets.TINY`, random weights; returns its path.
 
     `unet`, `vae`, `text` replace entries of the configurations, `tokenizer` gives options of the
-    tokenizer (e.g. `pad_token="!"`), `scheduler` is a diffusers scheduler; the rest goes to
-    `save_pretrained` (e.g. `variant="fp16"`, `max_shard_size="200KB"`).
+    tokenizer (e.g. `pad_token="!"`), `scheduler` is a diffusers scheduler. The weights are drawn in
+    float32 and stored as `dtype`. The rest goes to `save_pretrained` (e.g. `variant="fp16"`).
     """
     pipe = pipeline(
         {**TINY_UNET, "in_channels": in_channels, **(unet or {})},
@@ -137,7 +142,7 @@ def tiny_folder(
         seed,
         scheduler,
     )
-    pipe.save_pretrained(path, **save_options)
+    pipe.to(dtype).save_pretrained(path, **save_options)
     return Path(path)
 
 

@@ -2,18 +2,20 @@
 """Endless shuffled batches, the same global order for any number of hosts, workers and restarts."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from ip2p_jax.config import Data
 from ip2p_jax.data.pairs import PairSource
-from ip2p_jax.data.transforms import example, stack
+from ip2p_jax.data.transforms import Example, example, tokenize
 from ip2p_jax.types import Batch
 
 
-def check(cfg: Data, host_count: int) -> None:
+def check(cfg: Data, seed: int, host_count: int) -> None:
     """Refuses settings that cannot work; ValueError names the option."""
     highest, lowest = cfg.resize_max or cfg.resolution, cfg.resize_min or cfg.resolution
     if cfg.batch_size < 1 or cfg.batch_size % host_count:
@@ -27,13 +29,23 @@ def check(cfg: Data, host_count: int) -> None:
         )
     if not 0 <= cfg.flip <= 1:
         raise ValueError(f"data.flip={cfg.flip} must be a probability")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be between 0 and 2^32 - 1")
 
 
-def _draw(
-    prompt: range, rng: np.random.Generator, *, source: PairSource, cfg: Data
-) -> tuple[Any, Any, str]:
+Stacked = tuple[np.ndarray, np.ndarray, list[str]]
+"""Inputs, outputs and instructions of a batch. Tokens are made in the main thread: the tokenizer
+is neither safe among threads nor needed in worker processes."""
+
+
+def _draw(prompt: range, rng: np.random.Generator, *, source: PairSource, cfg: Data) -> Example:
     """One of the prompt's pairs at random, seen in a random way."""
     return example(source[int(rng.choice(prompt))], rng, cfg)
+
+
+def _stack(examples: Sequence[Example]) -> Stacked:
+    before, after, texts = zip(*examples, strict=True)
+    return np.stack(before), np.stack(after), list(texts)
 
 
 class Loader:
@@ -43,9 +55,11 @@ class Loader:
     taken, so a run goes on with other numbers of hosts and workers. `close` ends the workers.
     """
 
-    def __init__(self, batches: grain.MapDataset[Batch], cfg: Data, start: int = 0):
-        self._batches, self._cfg = batches, cfg
-        self._iterator: grain.DatasetIterator[Batch] | None = None
+    def __init__(
+        self, batches: grain.MapDataset[Stacked], cfg: Data, tokenizer: Any, start: int = 0
+    ):
+        self._batches, self._cfg, self._tokenizer = batches, cfg, tokenizer
+        self._iterator: grain.DatasetIterator[Stacked] | None = None
         self.set_state({"batch": start})
 
     def __iter__(self) -> "Loader":
@@ -54,15 +68,17 @@ class Loader:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._begin()
-        batch = next(self._iterator)
+        before, after, texts = next(self._iterator)
         self._next += 1
-        return batch
+        return Batch(before, after, tokenize(self._tokenizer, texts))
 
-    def _begin(self) -> grain.DatasetIterator[Batch]:
+    def _begin(self) -> grain.DatasetIterator[Stacked]:
         threads, workers = self._cfg.threads, self._cfg.workers
         read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         rest = self._batches[self._next :].to_iter_dataset(read)
         if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads its own flags before it starts workers
             rest = rest.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         return iter(rest)
 
@@ -98,7 +114,7 @@ def make_loader(
     ValueError or FileNotFoundError for wrong options, a folder that is none, or damaged shards; a
     worker that dies raises RuntimeError.
     """
-    check(cfg, host_count)
+    check(cfg, seed, host_count)
     source = PairSource(cfg.path, cfg.split, check_hashes=cfg.check_hashes)
     batches = (
         grain.MapDataset.source(source.prompts)
@@ -106,6 +122,6 @@ def make_loader(
         .shuffle()
         .repeat()
         .random_map(functools.partial(_draw, source=source, cfg=cfg))
-        .batch(cfg.batch_size // host_count, batch_fn=functools.partial(stack, tokenizer=tokenizer))
+        .batch(cfg.batch_size // host_count, batch_fn=_stack)
     )
-    return Loader(batches[host_index::host_count], cfg, start)
+    return Loader(batches[host_index::host_count], cfg, tokenizer, start)

@@ -56,7 +56,8 @@ _ENCODED = {"input": tfds.decode.SkipDecoding(), "output": tfds.decode.SkipDecod
 def serialize(pair: Pair) -> bytes:
     """The record of one pair. Pictures go in as file objects: as they are, never decoded."""
     pictures = {"input": io.BytesIO(pair.input), "output": io.BytesIO(pair.output)}
-    return _SERIALIZER.serialize_example(FEATURES.encode_example(pair._asdict() | pictures))
+    example = FEATURES.encode_example(pair._asdict() | pictures)
+    return _SERIALIZER.get_tf_example(example).SerializeToString(deterministic=True)
 
 
 def deserialize(record: bytes) -> Pair:
@@ -108,16 +109,16 @@ class PairSource:
 
     def __init__(self, folder: str | os.PathLike, split: str, *, check_hashes: bool = False):
         """Verifies the folder against its manifest; ValueError or FileNotFoundError name faults."""
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         manifest = verify(folder, hashes=check_hashes)
         if split not in manifest:
             raise ValueError(f"{folder}: no split {split!r}, only {', '.join(manifest)}")
         sizes = [size for shard in manifest[split] for size in shard.sizes]
         ends = list(itertools.accumulate(sizes))
         self.prompts = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        builder = tfds.builder_from_directory(folder / FOLDER)
+        builder: Any = tfds.builder_from_directory(folder / FOLDER)
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        self._records = builder.as_data_source(split=split, deserialize_method=raw)
+        self._records = builder.as_data_source(split, deserialize_method=raw)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -125,4 +126,7 @@ class PairSource:
     def __getitem__(self, record: int) -> Pair:
         if not 0 <= record < len(self):
             raise IndexError(record)
-        return deserialize(self._records[record])
+        try:
+            return deserialize(self._records[record])
+        except RuntimeError as error:
+            raise ValueError(f"{self._folder}: record {record} is damaged ({error})") from None

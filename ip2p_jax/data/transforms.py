@@ -11,7 +11,6 @@ from PIL import Image
 
 from ip2p_jax.config import Data
 from ip2p_jax.data.pairs import Pair
-from ip2p_jax.types import Batch
 
 
 class View(NamedTuple):
@@ -21,6 +20,14 @@ class View(NamedTuple):
     left: int
     top: int
     flip: bool
+
+
+class Example(NamedTuple):
+    """One pair as training sees it, before tokenization."""
+
+    input: UInt8[np.ndarray, "h w 3"]
+    output: UInt8[np.ndarray, "h w 3"]
+    instruction: str
 
 
 def draw_view(rng: np.random.Generator, cfg: Data) -> View:
@@ -40,26 +47,18 @@ def see(picture: bytes, view: View, resolution: int) -> UInt8[np.ndarray, "h w 3
     return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> Int32[np.ndarray, "b n"]:
-    """CLIP tokens, cut and padded to the tokenizer's full length (77) with its own pad token."""
-    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="np")
-    return tokens.input_ids.astype(np.int32)
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Int32[np.ndarray, "b n"]:
+    """CLIP tokens, cut or padded (by the tokenizer's own pad token) to 77 or its smaller limit."""
+    length = min(tokenizer.model_max_length, 77)
+    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length).input_ids
+    return np.array(ids, np.int32)
 
 
-def example(pair: Pair, rng: np.random.Generator, cfg: Data) -> tuple[Any, Any, str]:
-    """One training example: input and output of (resolution, resolution, 3), instruction.
-
-    Raises ValueError naming the pair if a picture does not decode.
-    """
+def example(pair: Pair, rng: np.random.Generator, cfg: Data) -> Example:
+    """Both pictures of a pair under one view; ValueError names a pair that does not decode."""
     view = draw_view(rng, cfg)
     try:
         before, after = (see(p, view, cfg.resolution) for p in (pair.input, pair.output))
     except OSError as error:
         raise ValueError(f"prompt {pair.prompt}, pair {pair.seed}: {error}") from None
-    return before, after, pair.instruction
-
-
-def stack(examples: Sequence[tuple[Any, Any, str]], tokenizer: Any) -> Batch:
-    """Examples to a batch; the texts become tokens here."""
-    before, after, texts = zip(*examples, strict=True)
-    return Batch(np.stack(before), np.stack(after), tokenize(tokenizer, list(texts)))
+    return Example(before, after, pair.instruction)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
@@ -36,7 +37,26 @@ def attend(
     v: Float[Array, "b m k d"],
 ) -> Float[Array, "b n k d"]:
     """softmax(q k^T / sqrt(d)) v, softmax in float32."""
-    return jax.nn.dot_product_attention(q, k, v)
+    return jax.lax.platform_dependent(
+        q, k, v, cpu=attend_by_head, default=jax.nn.dot_product_attention
+    )
+
+
+def attend_by_head(
+    q: Float[Array, "b n k d"], k: Float[Array, "b m k d"], v: Float[Array, "b m k d"]
+) -> Float[Array, "b n k d"]:
+    """The same one head after the other: on the CPU batched products are slow and caches small."""
+    b, _, _, d = q.shape
+
+    def one_head(qkv):
+        q, k, v = qkv
+        score = (q @ k.T).astype(jnp.float32) * d**-0.5
+        weight = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True))
+        total = jnp.sum(weight, axis=-1, keepdims=True)
+        return ((weight.astype(v.dtype) @ v) / total).astype(v.dtype)
+
+    heads = (rearrange(x, "b n k d -> (b k) n d") for x in (q, k, v))
+    return rearrange(jax.lax.map(one_head, tuple(heads)), "(b k) n d -> b n k d", b=b)
 
 
 class Attention(nnx.Module):

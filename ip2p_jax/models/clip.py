@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's text tower (Radford et al. 2021), with transformers' tensor names."""
+"""CLIP's text and vision towers (Radford et al. 2021), with transformers' tensor names."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ip2p_jax.models.presets import TextConfig
+from ip2p_jax.models.presets import TextConfig, VisionConfig
+
+TowerConfig = TextConfig | VisionConfig
+"""What the towers share: width, layers, heads, mlp_width, activation."""
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -37,28 +40,29 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention; `causal`: a position sees none after it."""
 
-    def __init__(self, cfg: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: TowerConfig, *, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         def linear() -> nnx.Linear:
             return nnx.Linear(cfg.width, cfg.width, dtype=dtype, rngs=rngs)
 
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear() for _ in range(4))
         self.heads = cfg.heads
+        self.causal = causal
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         q, k, v = (
             rearrange(project(x), "b n (k d) -> b n k d", k=self.heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(rearrange(y, "b n k d -> b n (k d)"))
 
 
 class MLP(nnx.Module):
     """Two linear layers with the tower's activation between them."""
 
-    def __init__(self, cfg: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(cfg.width, cfg.mlp_width, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(cfg.mlp_width, cfg.width, dtype=dtype, rngs=rngs)
         self.activation = ACTIVATIONS[cfg.activation]
@@ -70,9 +74,9 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, cfg: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: TowerConfig, *, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.layer_norm1 = nnx.LayerNorm(cfg.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.self_attn = SelfAttention(cfg, dtype=dtype, rngs=rngs)
+        self.self_attn = SelfAttention(cfg, causal=causal, dtype=dtype, rngs=rngs)
         self.layer_norm2 = nnx.LayerNorm(cfg.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.mlp = MLP(cfg, dtype=dtype, rngs=rngs)
 
@@ -84,8 +88,10 @@ class EncoderLayer(nnx.Module):
 class Encoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, cfg: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.layers = nnx.List(EncoderLayer(cfg, dtype=dtype, rngs=rngs) for _ in range(cfg.layers))
+    def __init__(self, cfg: TowerConfig, *, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            EncoderLayer(cfg, causal=causal, dtype=dtype, rngs=rngs) for _ in range(cfg.layers)
+        )
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         for layer in self.layers:
@@ -98,9 +104,51 @@ class CLIPText(nnx.Module):
 
     def __init__(self, cfg: TextConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.embeddings = Embeddings(cfg, dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(cfg, dtype=dtype, rngs=rngs)
+        self.encoder = Encoder(cfg, causal=True, dtype=dtype, rngs=rngs)
         self.final_layer_norm = nnx.LayerNorm(cfg.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n c"]:
         """The last hidden state after the final LayerNorm."""
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+
+
+class PatchEmbeddings(nnx.Module):
+    """A learned vector in front of the linearly embedded patches, plus position."""
+
+    def __init__(self, cfg: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        patch = (cfg.patch_size, cfg.patch_size)
+        positions = (cfg.image_size // cfg.patch_size) ** 2 + 1
+        self.class_embedding = nnx.Param(jnp.zeros(cfg.width))
+        self.patch_embedding = nnx.Conv(
+            3, cfg.width, patch, patch, padding="VALID", use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.position_embedding = nnx.Embed(positions, cfg.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b n c"]:
+        patches = rearrange(self.patch_embedding(x), "b h w c -> b (h w) c")
+        first = jnp.broadcast_to(
+            self.class_embedding[...].astype(patches.dtype), patches[:, :1].shape
+        )
+        positions = self.position_embedding(jnp.arange(patches.shape[1] + 1))
+        return jnp.concatenate([first, patches], axis=1) + positions[None]
+
+
+class CLIPVision(nnx.Module):
+    """Vision tower (ViT) with its projection into the space shared with text."""
+
+    def __init__(self, cfg: VisionConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(cfg.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+        self.embeddings = PatchEmbeddings(cfg, dtype=dtype, rngs=rngs)
+        self.pre_layrnorm = norm()  # spelled as in the checkpoints
+        self.encoder = Encoder(cfg, causal=False, dtype=dtype, rngs=rngs)
+        self.post_layernorm = norm()
+        self.visual_projection = nnx.Linear(
+            cfg.width, cfg.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
+        """Image embeddings, not normalised, of normalised pixels (b, image_size, image_size, 3)."""
+        x = self.encoder(self.pre_layrnorm(self.embeddings(x)))
+        return self.visual_projection(self.post_layernorm(x[:, 0]))

@@ -59,6 +59,23 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision tower with projection (transformers' `CLIPVisionModelWithProjection`).
+
+    The defaults are ViT-L/14.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    projection_dim: int = 768
+    activation: str = "quick_gelu"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One latent diffusion model: UNet, VAE and text tower."""
 

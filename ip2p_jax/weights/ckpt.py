@@ -13,7 +13,7 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -145,7 +145,7 @@ ALLOWED: dict[str, Any] = {
 class Unpickler(pickle.Unpickler):
     """Knows the names in `ALLOWED` and nothing else; collects the storages it meets."""
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: Any):
         super().__init__(file)
         self.storages: dict[str, Storage] = {}
 

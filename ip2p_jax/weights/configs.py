@@ -8,7 +8,7 @@ keys that change nothing (sample sizes, dropout, versions) are accepted.
 from collections.abc import Mapping
 from typing import Any
 
-from ip2p_jax.models.presets import TextConfig, UNetConfig, VAEConfig
+from ip2p_jax.models.presets import TextConfig, UNetConfig, VAEConfig, VisionConfig
 
 Json = dict[str, Any]
 
@@ -100,6 +100,16 @@ TEXT_READ = {
     "num_hidden_layers": 12,
     "pad_token_id": 1,
     "vocab_size": 49408,
+}
+VISION_FIXED = {"layer_norm_eps": 1e-5, "model_type": "clip_vision_model", "num_channels": 3}
+VISION_READ = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "image_size": 224,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "patch_size": 32,
 }
 INERT = ("upcast_attention", "force_upcast", "quantization_config")
 
@@ -289,3 +299,27 @@ def text_to_json(cfg: TextConfig) -> Json:
         "projection_dim": cfg.width,
         "vocab_size": cfg.vocab_size,
     }
+
+
+def vision_from_json(config: Json, source: str) -> VisionConfig:
+    """Reads the vision tower of transformers' `CLIPConfig`, whose generic keys are inert.
+
+    Older files state it as `vision_config_dict` too, which then holds alone.
+
+    Raises:
+      ValueError: names `source` and what is not supported.
+    """
+    vision = config.get("vision_config_dict") or config.get("vision_config") or {}
+    got = read(vision, source, VISION_READ, VISION_FIXED)
+    if got["hidden_act"] not in ("quick_gelu", "gelu"):
+        raise ValueError(f"{source}: hidden_act {got['hidden_act']} is not quick_gelu or gelu")
+    return VisionConfig(
+        image_size=single(got["image_size"], 2, source, "image_size"),
+        patch_size=single(got["patch_size"], 2, source, "patch_size"),
+        width=got["hidden_size"],
+        layers=got["num_hidden_layers"],
+        heads=got["num_attention_heads"],
+        mlp_width=got["intermediate_size"],
+        projection_dim=config.get("projection_dim", 512),
+        activation=got["hidden_act"],
+    )

@@ -132,7 +132,7 @@ def read_config(tensors: Tensors, source: str) -> ModelConfig:
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]], is_sd2: bool) -> UNetConfig:
-    """Walks down the input blocks: residual blocks, with or without transformer, and downsamplings."""
+    """Walks down the input blocks: residual blocks, some with a transformer, and downsamplings."""
     levels: list[list[tuple[int, bool]]] = [[]]
     for i in count(1):
         block = f"{UNET}input_blocks.{i}."

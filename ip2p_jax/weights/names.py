@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ip2p_jax.models.presets import UNetConfig, VAEConfig
 
 Spell = Callable[[str], str]
@@ -76,13 +78,21 @@ def diffusers_spelling(part: str, names: Names) -> Spell:
     if part == "text" and names.text_prefix:
         return lambda name: "text_model." + name
     if part == "vae" and names.old_attention:
+        attention = "{}.mid_block.attentions.0."
         table = [
             entry
             for half in ("encoder", "decoder")
-            for entry in under(*[f"{half}.mid_block.attentions.0."] * 2, OLD_ATTENTION)
+            for entry in under(attention.format(half), attention.format(half), OLD_ATTENTION)
         ]
         return lambda name: rename(name, table)
     return lambda name: name
+
+
+def buffers(part: str, cfg: Any, names: Names) -> dict[str, np.ndarray]:
+    """What a diffusers folder holds beside the weights, as its source did."""
+    if part == "text" and names.position_ids:
+        return {diffusers_spelling(part, names)(POSITION_IDS): np.arange(cfg.positions)[None]}
+    return {}
 
 
 def rename(name: str, table: Iterable[tuple[str, str]]) -> str:

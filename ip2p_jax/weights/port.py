@@ -2,21 +2,22 @@
 """One rule carries tensors between torch and our networks, both ways, whatever the network.
 
 Attributes are named as diffusers and transformers name their tensors, so a parameter's path is the
-tensor's name: kernel, scale and embedding are `weight`; convolutions go OIHW <-> HWIO, linear
-layers (out, in) <-> (in, out). A 1x1 convolution and a linear layer are the same map, and files
-have both: the shape is adapted to the network's. Conversions are views where the type allows it.
+tensor's name: kernel, scale and embedding are `weight`, others keep their name. Convolutions go
+OIHW <-> HWIO, linear layers (out, in) <-> (in, out). A 1x1 convolution and a linear layer are the
+same map, and files have both: the shape is adapted to the network's. Conversions are views where
+the type allows it.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ip2p_jax.types import Params
 from ip2p_jax.weights.names import Spell
+from ip2p_jax.weights.tensor_file import FLOATS
 
-FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)))
+WEIGHTS = ("kernel", "scale", "embedding")
 NAMED = 20  # faults named in an error, of each kind
 
 
@@ -32,7 +33,7 @@ def leaves(params: Params, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
 def torch_name(path: tuple) -> str:
     """The tensor's name: `("down_blocks", 0, "conv", "kernel")` -> `down_blocks.0.conv.weight`."""
     *head, leaf = path
-    return ".".join(map(str, (*head, "bias" if leaf == "bias" else "weight")))
+    return ".".join(map(str, (*head, "weight" if leaf in WEIGHTS else leaf)))
 
 
 def torch_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -62,8 +63,12 @@ def write(
     metadata: Mapping[str, str],
     progress: Callable[[int], object],
 ) -> None:
-    """Writes `tensors`, floats as `dtype`; calls `progress` with the bytes of each."""
-    kept = {n: dtype if x.dtype in (np.float32, dtype) else x.dtype for n, x in tensors.items()}
+    """Writes `tensors`, floats as `dtype`; calls `progress` with the bytes of each.
+
+    Raises:
+      ValueError: a finite value becomes infinite in `dtype`; names the tensor.
+    """
+    kept = {n: dtype if x.dtype in FLOATS else x.dtype for n, x in tensors.items()}
     order = sorted(tensors, key=lambda name: (-kept[name].itemsize, name))
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
@@ -76,11 +81,25 @@ def write(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            data = np.ascontiguousarray(tensors[name], kept[name])
-            file.write(data.reshape(-1).view(np.uint8).data)
-            progress(data.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                data = cast(name, tensors[name], kept[name])
+                file.write(data.reshape(-1).view(np.uint8).data)
+                progress(data.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`x` as `dtype`, contiguous; refuses values beyond the type's range."""
+    with np.errstate(over="ignore"):
+        data = np.ascontiguousarray(x, dtype)
+    if dtype.itemsize < x.dtype.itemsize and np.isinf(data).any() and not np.isinf(x).any():
+        raise ValueError(f"{name} has values beyond the range of {dtype}")
+    return data

@@ -83,27 +83,25 @@ def error(a, b):
 
 CASES = [
     ("ddim", 10, SD),
-    ("ddim", 37, SD),
     ("ddim", 10, {**SD, "steps_offset": 0}),
     ("ddim", 10, {**SD, "set_alpha_to_one": True}),
     ("ddim", 7, {"clip_sample": False}),
     ("ddim", 600, SD),  # the last step begins at t = 1 and ends at t = 0
     ("ddim", 20, {**SD, "timestep_spacing": "trailing"}),
     ("ddim", 10, {**SD, "prediction_type": "v_prediction"}),
-    ("euler", 1, {"timestep_spacing": "leading", "steps_offset": 1}),
     ("euler", 10, {}),
-    ("euler", 50, {}),
     ("euler", 10, {"timestep_spacing": "leading", "steps_offset": 1}),
     ("euler", 7, {"timestep_spacing": "trailing"}),
     ("euler", 10, {"final_sigmas_type": "sigma_min", "interpolation_type": "linear"}),
     ("euler", 10, {"prediction_type": "v_prediction", "set_alpha_to_one": False}),
     ("euler", 10, {"beta_schedule": "linear"}),
     ("euler", 10, {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading"}),
+    ("ddim", 10, {**SD, "beta_schedule": "squaredcos_cap_v2"}),
+    ("dpmpp_2m", 10, {"beta_schedule": "squaredcos_cap_v2"}),
     ("euler", 10, {"trained_betas": np.linspace(1e-4, 2e-2, 1000).tolist()}),
     ("heun", 2, {}),
     ("heun", 11, {}),
     ("heun", 10, {"timestep_spacing": "leading", "steps_offset": 1}),
-    ("heun", 7, {"timestep_spacing": "trailing"}),
     ("heun", 10, {"prediction_type": "v_prediction"}),
     ("euler_ancestral", 10, {}),
     ("euler_ancestral", 33, {"timestep_spacing": "leading", "steps_offset": 1}),
@@ -121,34 +119,31 @@ CASES = [
 ]
 
 
+def both(sampler, keys):
+    """A file that carries `keys`, and diffusers' scheduler, given those of them that it has."""
+    build = getattr(diffusers, grids.CLASSES[sampler])
+    has = build().config
+    scheduler = build(**{key: value for key, value in {**BETAS, **keys}.items() if key in has})
+    return {"_class_name": grids.CLASSES[sampler], **BETAS, **keys}, scheduler
+
+
 @pytest.mark.parametrize("sampler, steps, keys", CASES)
 def test_final_latents(sampler, steps, keys, monkeypatch):
-    config = {"_class_name": grids.CLASSES[sampler], **BETAS, **keys}
-    scheduler = getattr(diffusers, grids.CLASSES[sampler])(**BETAS, **known(sampler, keys))
-    e = error(ours(sampler, steps, config), theirs(scheduler, steps, monkeypatch))
-    print(f"{sampler} {steps} {keys if 'trained_betas' not in keys else 'trained'}: {e:.1e}")
-    assert e < TOLERANCE
-
-
-def known(sampler, keys):
-    """The keys that the class has; files carry others, left from the class they were made from."""
-    config = getattr(diffusers, grids.CLASSES[sampler])().config
-    return {key: value for key, value in keys.items() if key in config}
+    config, scheduler = both(sampler, keys)
+    assert error(ours(sampler, steps, config), theirs(scheduler, steps, monkeypatch)) < TOLERANCE
 
 
 @pytest.mark.parametrize("sampler", grids.CLASSES)
-def test_defaults_are_diffusers_with_stable_diffusion_keys(sampler, monkeypatch):
-    """A file of another class gives betas and prediction type only."""
-    config = {"_class_name": "PNDMScheduler", **BETAS, "timestep_spacing": "trailing"}
-    scheduler = getattr(diffusers, grids.CLASSES[sampler])(**BETAS, **known(sampler, SD))
+def test_file_of_another_class_gives_betas_and_prediction_only(sampler, monkeypatch):
+    keys = {"timestep_spacing": "trailing", "clip_sample": True, "prediction_type": "v_prediction"}
+    config = {"_class_name": "PNDMScheduler", **BETAS, **keys}
+    _, scheduler = both(sampler, {**SD, "prediction_type": "v_prediction"})
     assert error(ours(sampler, 10, config), theirs(scheduler, 10, monkeypatch)) < TOLERANCE
 
 
 @pytest.mark.parametrize("sampler", grids.CLASSES)
 def test_control_step_offset_dropped(sampler, monkeypatch):
-    keys = {**SD, "timestep_spacing": "leading"}
-    config = {"_class_name": grids.CLASSES[sampler], **BETAS, **keys}
-    scheduler = getattr(diffusers, grids.CLASSES[sampler])(**BETAS, **known(sampler, keys))
+    config, scheduler = both(sampler, {**SD, "timestep_spacing": "leading"})
     expected = theirs(scheduler, 10, monkeypatch)
     assert error(ours(sampler, 10, config), expected) < TOLERANCE
     assert error(ours(sampler, 10, {**config, "steps_offset": 0}), expected) > 10 * TOLERANCE
@@ -157,13 +152,22 @@ def test_control_step_offset_dropped(sampler, monkeypatch):
 @pytest.mark.parametrize("sampler", grids.CLASSES)
 def test_control_start_scaled_wrongly(sampler, monkeypatch):
     """sigma_0 in the place of sqrt(sigma_0^2 + 1), or the other way round."""
-    keys = known(sampler, SD)
-    config = {"_class_name": grids.CLASSES[sampler], **BETAS, **keys}
-    scheduler = getattr(diffusers, grids.CLASSES[sampler])(**BETAS, **keys)
+    config, scheduler = both(sampler, SD)
 
     def swap(grid):
         sigma = grid.sigmas[0]
-        other = sigma if grid.start > sigma else np.hypot(sigma, 1)
-        return grid._replace(start=np.float32(other))
+        return grid._replace(start=sigma if grid.start > sigma else np.hypot(sigma, 1))
 
-    assert error(ours(sampler, 10, config, swap), theirs(scheduler, 10, monkeypatch)) > 5e-4
+    expected = theirs(scheduler, 10, monkeypatch)
+    assert error(ours(sampler, 10, config, swap), expected) > 5 * TOLERANCE
+
+
+def test_control_last_step_of_wrong_order(monkeypatch):
+    """14 and 15 steps to the lowest level end with a step of first and of second order."""
+    for steps in (14, 15):
+        config, scheduler = both("dpmpp_2m", {"final_sigmas_type": "sigma_min"})
+        expected = theirs(scheduler, steps, monkeypatch)
+        assert error(ours("dpmpp_2m", steps, config), expected) < TOLERANCE
+    config, scheduler = both("dpmpp_2m", {"final_sigmas_type": "sigma_min", "euler_at_final": True})
+    other = theirs(scheduler, 15, monkeypatch)
+    assert error(other, expected) > TOLERANCE

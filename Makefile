@@ -1,0 +1,41 @@
+# make quickstart   from a fresh clone to edited pictures and a short training run
+# make test         the test suite, under 10 minutes on 2 cores
+# make test-slow    what takes minutes, or needs SD 1.5's full size
+# make soak         the kill tests, many more times
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart test test-slow soak lint clean
+
+quickstart: .venv/.core
+	$(BIN)/python examples/quickstart.py --output quickstart
+
+test: .venv/.test
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/.test
+	$(BIN)/pytest -m slow
+
+soak: .venv/.test
+	IP2P_KILLS=25 $(BIN)/pytest tests/test_train.py tests/test_edit.py -k kill
+
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/.core: pyproject.toml constraints.txt | .venv/bin/pip
+	$(INSTALL) --editable ".[photos]"
+	touch $@
+
+.venv/.test: pyproject.toml constraints.txt | .venv/bin/pip
+	$(INSTALL) --editable ".[photos,test]"
+	touch $@ .venv/.core
+
+clean:
+	rm -rf .venv .cache quickstart

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts a model to a diffusers folder or to an LDM single file.
+
+  python -m ip2p_jax.convert --from runs/edit --to my-editor --format diffusers
+  python -m ip2p_jax.convert --from instruct-pix2pix-00-22000.ckpt --to ip2p --format diffusers
+  python -m ip2p_jax.convert --from timbrooks/instruct-pix2pix --to ip2p.safetensors \\
+      --format ldm --dtype float16
+
+Of a run directory the EMA of its latest checkpoint is converted, of an LDM file its EMA weights if
+it has any. An existing path is never overwritten.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ip2p_jax.cli import Parser, one_line_errors
+from ip2p_jax.weights.load import load
+from ip2p_jax.weights.save import save_diffusers, save_ldm, size
+
+FORMATS = {"diffusers": save_diffusers, "ldm": save_ldm}
+DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    p = Parser(
+        prog="python -m ip2p_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--from",
+        dest="model",
+        required=True,
+        metavar="M",
+        help="hub id, diffusers folder, LDM .safetensors or .ckpt, run directory, embedded model",
+    )
+    p.add_argument("--to", required=True, type=Path, metavar="PATH", help="must not exist yet")
+    p.add_argument("--format", required=True, choices=FORMATS, help="what PATH becomes")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
+    p.add_argument("--revision", help="branch, tag or commit of a hub id")
+    p.add_argument("--variant", help="of the files to read, e.g. fp16")
+    return p
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    """Reads the model, then writes it with a progress bar."""
+    args = parser().parse_args(argv)
+    if args.to.exists():
+        raise ValueError(f"--to {args.to}: is already there")
+    if args.format == "ldm" and args.to.suffix != ".safetensors":
+        raise ValueError(f"--to {args.to}: expected a name that ends in .safetensors")
+    model = load(args.model, revision=args.revision, variant=args.variant, safety=True)
+    dtype = DTYPES[args.dtype]
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"writing {args.to}", total=size(model, dtype))
+        FORMATS[args.format](
+            model, args.to, dtype=dtype, progress=lambda count: bar.advance(task, count)
+        )
+    print(args.to)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

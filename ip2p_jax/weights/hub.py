@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a user calls a model to files on this machine: paths, embedded models, hub ids."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from etils import epath
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+ASSETS = Path(__file__).parent.parent / "assets"
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "safety_checker": "model",
+}
+"""Folders of a diffusers model that hold weights, and what their files are called."""
+
+
+def embedded() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
+
+
+def locate(model: str, revision: str | None, variant: str | None, safety: bool) -> Path:
+    """Returns the file or folder of `model`, downloading what is needed of a hub id.
+
+    An embedded model's name comes first (`./photos` is the folder), then paths, then hub ids.
+
+    Raises:
+      FileNotFoundError: there is no such thing, or no way to get it.
+    """
+    if model in embedded():
+        return ASSETS / model
+    if "://" in model:
+        return fetch(epath.Path(model))
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(model) and path.suffix not in (".safetensors", ".ckpt"):
+        return download(model, revision, variant, safety)
+    raise FileNotFoundError(
+        f"{model}: no such file or folder, not a hub id (owner/name), and not an embedded model "
+        f"({', '.join(embedded()) or 'none'})"
+    )
+
+
+def fetch(source: epath.Path) -> Path:
+    """Copies the configuration and frozen parts of a run in a bucket to this machine.
+
+    The checkpoints stay there: orbax restores from buckets.
+    """
+    if not (source / "base").is_dir():
+        raise FileNotFoundError(f"{source}: not a run directory (no base/ inside)")
+    target = Path(tempfile.mkdtemp(prefix="ip2p_jax-"))
+    copy_tree(source / "base", target)
+    return target
+
+
+def copy_tree(source: epath.Path, target: Path) -> None:
+    """Copies a folder from a bucket."""
+    target.mkdir(exist_ok=True)
+    for item in source.iterdir():
+        if item.is_dir():
+            copy_tree(item, target / item.name)
+        else:
+            item.copy(target / item.name)
+
+
+def file_names(stem: str, variant: str | None) -> tuple[str, str]:
+    """The weights' file of a part and, where it is sharded, its index."""
+    dot = f".{variant}" if variant else ""
+    return f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json"
+
+
+def patterns(variant: str | None, safety: bool) -> list[str]:
+    """What of a hub repository is needed: no other variant, no other framework's weights."""
+    dot = f".{variant}" if variant else ""
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
+    wanted += ["feature_extractor/*.json"] if safety else []
+    for folder, stem in WEIGHTS.items():
+        if folder == "safety_checker" and not safety:
+            continue
+        names = [*file_names(stem, variant), f"{stem}-?????-of-?????{dot}.safetensors"]
+        names += [f"{stem}{dot}-?????-of-?????.safetensors"] if variant else []
+        wanted += [f"{folder}/config.json", *(f"{folder}/{name}" for name in names)]
+    return wanted
+
+
+def download(model: str, revision: str | None, variant: str | None, safety: bool) -> Path:
+    """Returns the local snapshot of a hub id; without network, what the cache holds of it."""
+    at = f"{model} (revision {revision})" if revision else model
+    try:
+        wanted = patterns(variant, safety)
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(
+            f"{at}: no such file or folder; as a hub id it is not in the local cache, and the hub "
+            "cannot be reached"
+        ) from error
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{at}: not to be had from the hub: {reason}") from error

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a model, whatever it is: diffusers folder, hub id, LDM file, run directory, embedded name.
+
+Arrays are views of mapped files wherever a file holds float32, so opening costs seconds and the
+memory of what is converted.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from transformers import CLIPTokenizer
+
+from ip2p_jax.models.clip import CLIPText
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.models.presets import ModelConfig, TextConfig, VAEConfig
+from ip2p_jax.models.unet import UNet
+from ip2p_jax.models.vae import VAE
+from ip2p_jax.types import Params
+from ip2p_jax.weights import ckpt, configs, ldm, tensor_file
+from ip2p_jax.weights.hub import ASSETS, WEIGHTS, file_names, locate
+from ip2p_jax.weights.names import POSITION_IDS, Names, detect, diffusers_spelling
+from ip2p_jax.weights.port import from_torch, to_torch
+
+LDM_METADATA = "ip2p_jax"
+"""Key of an LDM file's metadata under which we keep what such files cannot say."""
+
+EPSILON = {
+    "_class_name": "EulerAncestralDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+"""What SD 1's `scheduler_config.json` says, with the authors' sampler."""
+
+V_PREDICTION = {**EPSILON, "prediction_type": "v_prediction"}
+"""What an LDM file of SD 2 needs: SD 2 predicts v."""
+
+
+class Part(NamedTuple):
+    """One of the networks: its folder, and how its configuration is read and written."""
+
+    folder: str
+    network: type
+    from_json: Callable[[configs.Json, str], Any]
+    to_json: Callable[[Any], configs.Json]
+
+
+PARTS = {
+    "unet": Part("unet", UNet, configs.unet_from_json, configs.unet_to_json),
+    "vae": Part("vae", VAE, configs.vae_from_json, configs.vae_to_json),
+    "text": Part("text_encoder", CLIPText, configs.text_from_json, configs.text_to_json),
+}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in memory: dimensions, float32 parameters by part, and what goes with them."""
+
+    config: ModelConfig
+    params: dict[str, Params]
+    tokenizer: CLIPTokenizer
+    scheduler: dict | None  # scheduler_config.json; None: k-diffusion's conventions
+    names: Names
+    safety: Path | None = None  # safety_checker folder, its feature_extractor beside it
+
+
+def load(
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    safety: bool = False,
+) -> Pretrained:
+    """Opens `model`: a hub id, a diffusers folder, one `.safetensors` or `.ckpt` in LDM naming, a
+    run directory of ours, or the name of an embedded model.
+
+    revision: branch, tag or commit of a hub id. variant: of a folder's or hub id's files, e.g.
+    "fp16". safety: whether the safety checker of a hub id is wanted too (1.2 GB).
+
+    Raises:
+      FileNotFoundError, ValueError: one line that names the file or tensor and what was expected.
+    """
+    path = locate(model, revision, variant, safety)
+    if path.is_file():
+        return load_ldm(path)
+    if "://" in model:
+        return load_folder(path, None, restore_ema(epath.Path(model)))
+    if (path / "base").is_dir():
+        return load_folder(path / "base", None, restore_ema(epath.Path(path)))
+    return load_folder(path, variant, {})
+
+
+def load_vae(model: str) -> tuple[VAEConfig, Params]:
+    """Opens only the VAE of `model`, which may be the run directory that trains a VAE."""
+    path = locate(model, None, None, False)
+    if path.is_file():
+        whole = load_ldm(path)
+        return whole.config.vae, whole.params["vae"]
+    is_run = "://" in model or (path / "base").is_dir()
+    ema = restore_ema(epath.Path(model)) if is_run else {}
+    folder = path / "base" if (path / "base").is_dir() else path
+    cfg = part_config(folder, "vae")
+    if "vae" in ema:
+        return cfg, from_torch(abstract_part("vae", cfg), to_torch(ema["vae"]), f"{model}: vae")
+    tensors, source = read_part(folder, "vae", None)
+    return cfg, port_part("vae", cfg, tensors, detect({"vae": tensors}), source)
+
+
+def load_folder(path: Path, variant: str | None, ema: dict[str, Params]) -> Pretrained:
+    """Opens a diffusers folder; the parts in `ema` are taken from there instead."""
+    for part in PARTS.values():
+        if not (path / part.folder).is_dir():
+            raise FileNotFoundError(f"{path}: not a diffusers folder (no {part.folder}/ inside)")
+    cfg = ModelConfig(*(part_config(path, part) for part in PARTS))
+    read = {part: read_part(path, part, variant) for part in PARTS if part not in ema}
+    names = detect({part: tensors for part, (tensors, _) in read.items()})
+    params = {}
+    for part in PARTS:
+        sizes = getattr(cfg, part)
+        if part in ema:
+            source = f"{path.parent}: EMA of the {part}"
+            params[part] = from_torch(abstract_part(part, sizes), to_torch(ema[part]), source)
+        else:
+            tensors, source = read[part]
+            params[part] = port_part(part, sizes, tensors, names, source)
+    check_fit(cfg, str(path))
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    safety = path / "safety_checker"
+    has_safety = any((safety / n).is_file() for n in file_names(WEIGHTS[safety.name], variant))
+    return Pretrained(
+        cfg,
+        params,
+        open_tokenizer(path / "tokenizer"),
+        read_json(scheduler) if scheduler.is_file() else None,
+        names,
+        safety if has_safety else None,
+    )
+
+
+def part_config(path: Path, part: str) -> Any:
+    """Reads a part's dimensions from its `config.json`."""
+    file = path / PARTS[part].folder / "config.json"
+    return PARTS[part].from_json(read_json(file), str(file))
+
+
+def read_json(path: Path) -> dict:
+    """Reads an object of a JSON file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
+def read_part(path: Path, part: str, variant: str | None) -> tuple[dict[str, np.ndarray], str]:
+    """Reads a part's tensors, from one file or the shards of an index; also names the source."""
+    folder = path / PARTS[part].folder
+    single, index = (folder / n for n in file_names(WEIGHTS[folder.name], variant))
+    if single.is_file():
+        return tensor_file.read(single)[0], str(single)
+    if not index.is_file():
+        there = sorted(x.name for x in folder.glob("*.safetensors*"))
+        raise FileNotFoundError(
+            f"{single}: no such file; {folder.name}/ holds {', '.join(there) or 'no safetensors'}"
+        )
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or any(Path(str(s)).name != s for s in shards.values()):
+        raise ValueError(f"{index}: expected a weight_map of tensors to files beside it")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(shards.values())):
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard}: no such file, but {index.name} names it")
+        tensors |= tensor_file.read(folder / shard)[0]
+    return tensors, str(index)
+
+
+@functools.cache
+def abstract_part(part: str, cfg: Any) -> Params:
+    """The shapes of a part's parameters."""
+    return abstract(PARTS[part].network, cfg)[1]
+
+
+def port_part(
+    part: str, cfg: Any, tensors: dict[str, np.ndarray], names: Names, source: str
+) -> Params:
+    """Fills a part with the tensors of a diffusers folder."""
+    kept = {name: x for name, x in tensors.items() if not name.endswith(POSITION_IDS)}
+    return from_torch(abstract_part(part, cfg), kept, source, diffusers_spelling(part, names))
+
+
+def check_fit(cfg: ModelConfig, source: str) -> None:
+    """Refuses parts that do not belong together, by the tensors that meet."""
+    z, made = cfg.vae.latent_channels, cfg.unet.out_channels
+    if z != made:
+        raise ValueError(
+            f"{source}: the UNet's conv_out.weight {(made, cfg.unet.channels[0], 3, 3)} makes "
+            f"{made} channels, the VAE's post_quant_conv.weight {(z, z, 1, 1)} takes {z}"
+        )
+    if cfg.text.width != cfg.unet.context_dim:
+        raise ValueError(
+            f"{source}: the text tower's final_layer_norm.weight {(cfg.text.width,)} makes "
+            f"{cfg.text.width} channels, the UNet's attn2.to_k.weight takes {cfg.unet.context_dim}"
+        )
+
+
+def open_tokenizer(path: Path) -> CLIPTokenizer:
+    """Opens `tokenizer.json` or `vocab.json` + `merges.txt`, with the padding its files state."""
+    if not any((path / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise FileNotFoundError(f"{path}: no tokenizer (vocab.json + merges.txt or tokenizer.json)")
+    return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def load_ldm(path: Path) -> Pretrained:
+    """Opens a single file in LDM naming; `.safetensors` by its header, anything else as `.ckpt`."""
+    if path.suffix == ".safetensors":
+        tensors, metadata = tensor_file.read(path)
+    else:
+        tensors, metadata = ckpt.read(path), {}
+    ours = read_metadata(metadata, str(path))
+    if ours:
+        read = (PARTS[part].from_json(ours[part], f"{path}: metadata") for part in PARTS)
+        cfg = ModelConfig(*read)
+    else:
+        cfg = ldm.read_config(tensors, str(path))
+    kept = ldm.weights(tensors)
+    params = {}
+    for part in PARTS:
+        spell, places = ldm.spelling(part, cfg, tensors), ldm.prefixes(part)
+        of_part = {n: kept.pop(n) for n in list(kept) if n.startswith(places)}
+        params[part] = from_torch(
+            abstract_part(part, getattr(cfg, part)), of_part, str(path), spell
+        )
+    if kept:
+        raise ValueError(f"{path}: {len(kept)} unexpected tensors: {', '.join(list(kept)[:20])}")
+    check_fit(cfg, str(path))
+    return Pretrained(
+        cfg,
+        params,
+        ldm_tokenizer(cfg.text, ours.get("tokenizer"), str(path)),
+        ours["scheduler"] if ours else V_PREDICTION if ldm.is_open_clip(cfg.text) else None,
+        Names(position_ids=any(name.endswith(POSITION_IDS) for name in tensors)),
+    )
+
+
+def read_metadata(metadata: dict[str, str], source: str) -> dict:
+    """What our own exports say of themselves; empty for other files."""
+    if LDM_METADATA not in metadata:
+        return {}
+    try:
+        ours = json.loads(metadata[LDM_METADATA])
+    except ValueError as error:
+        raise ValueError(f"{source}: metadata {LDM_METADATA} is not JSON ({error})") from error
+    if not isinstance(ours, dict) or not {*PARTS, "scheduler", "tokenizer"} <= ours.keys():
+        raise ValueError(f"{source}: metadata {LDM_METADATA} is not complete")
+    return ours
+
+
+def ldm_tokenizer(cfg: TextConfig, own: dict | None, source: str) -> CLIPTokenizer:
+    """CLIP's tokenizer, padded with the end token (SD 1) or id 0 (SD 2); or the file's own."""
+    if own is not None:
+        merges: Any = [tuple(pair) for pair in own["merges"]]
+        pad, length = own["pad_token"], cfg.positions
+        return CLIPTokenizer(own["vocab"], merges, pad_token=pad, model_max_length=length)
+    if cfg.vocab_size != TextConfig.vocab_size:
+        raise ValueError(
+            f"{source}: a vocabulary of {cfg.vocab_size} entries is not CLIP's "
+            f"{TextConfig.vocab_size}, and a single file brings none"
+        )
+    pad = "!" if ldm.is_open_clip(cfg) else "<|endoftext|>"
+    return CLIPTokenizer.from_pretrained(
+        ASSETS / "clip_tokenizer", pad_token=pad, model_max_length=cfg.positions
+    )
+
+
+def restore_ema(run: epath.Path) -> dict[str, Params]:
+    """Restores the EMA of a run's latest committed step, as numpy arrays on any machine.
+
+    List indices come back as strings; `to_torch` and `from_torch` put that right and check shapes.
+    """
+    root = run / "checkpoints"
+    root = root if "://" in str(root) else epath.Path(Path(str(root)).absolute())
+    steps = ocp.utils.checkpoint_steps(root) if root.is_dir() else []
+    if not steps:
+        raise FileNotFoundError(f"{run}: no checkpoint under {root}")
+    item = root / str(max(steps)) / "ema"
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(item).item_metadata.tree
+        target = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), stored)
+        return checkpointer.restore(item, target)

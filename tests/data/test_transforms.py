@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both pictures of a pair get one window and one flip; texts become tokens of fixed length."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import CLIPTokenizer
+
+import ip2p_jax
+from ip2p_jax.config import Data
+from ip2p_jax.data.pairs import Pair
+from ip2p_jax.data.transforms import View, draw_view, example, see, tokenize
+from tests.data.released import encode, picture
+
+CFG = Data(resolution=24, resize_min=26, resize_max=40)
+X = picture(40, 2)
+PAIR = Pair(encode(X, "PNG"), encode(255 - X, "PNG"), "invert it", "", "", "0000000", "1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    folder = Path(list(ip2p_jax.__path__)[0], "assets", "clip_tokenizer")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def test_pictures_of_a_pair_share_window_and_flip():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        seen = example(PAIR, rng, CFG)
+        assert seen.input.shape == (24, 24, 3)
+        assert np.abs(255 - seen.input.astype(int) - seen.output).max() <= 1
+    # Control: under two different draws the same comparison fails.
+    one, two = example(PAIR, rng, CFG), example(PAIR, rng, CFG)
+    assert np.abs(255 - one.input.astype(int) - two.output).max() > 10
+
+
+def test_views_cover_their_range():
+    rng = np.random.default_rng(0)
+    views = [draw_view(rng, CFG) for _ in range(3000)]
+    assert {view.side for view in views} == set(range(26, 41))
+    assert all(0 <= v.left <= v.side - 24 and 0 <= v.top <= v.side - 24 for v in views)
+    assert {v.left for v in views if v.side == 28} == set(range(5))
+    assert abs(np.mean([view.flip for view in views]) - 0.5) < 4 * 0.5 / 3000**0.5
+
+
+def test_defaults_are_a_resize_without_crop():
+    view = draw_view(np.random.default_rng(0), Data(resolution=24, flip=0.0))
+    assert view == View(side=24, left=0, top=0, flip=False)
+    want = Image.fromarray(X).resize((24, 24), Image.Resampling.LANCZOS)
+    assert np.array_equal(see(PAIR.input, view, 24), np.asarray(want))
+    mirrored = see(PAIR.input, view._replace(flip=True), 24)
+    assert np.array_equal(mirrored, np.asarray(want)[:, ::-1])
+
+
+def test_a_picture_that_does_not_decode_is_named():
+    with pytest.raises(ValueError, match="prompt 0000000, pair 1"):
+        example(PAIR._replace(output=PAIR.output[:-60]), np.random.default_rng(0), CFG)
+
+
+def test_texts_are_cut_and_padded_to_77(tokenizer):
+    tokens = tokenize(tokenizer, ["make it blue", "", "word " * 300])
+    assert tokens.shape == (3, 77)
+    assert tokens.dtype == np.int32
+    start, end = 49406, 49407
+    assert tokens[0, :5].tolist() == [start, 1078, 585, 1746, end]
+    assert (tokens[:, 0] == start).all()
+    assert tokens[1, 1:].tolist() == [end] * 76  # SD 1.x pads with the end token
+    assert tokens[2, 76] == end
+    assert (tokens[2, 1:76] == tokens[2, 1]).all()
+
+
+def test_the_pad_token_is_the_tokenizers_own():
+    folder = Path(list(ip2p_jax.__path__)[0], "assets", "clip_tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, pad_token="!", model_max_length=16)
+    tokens = tokenize(tokenizer, ["make it blue"])
+    assert tokens.shape == (1, 16)
+    assert (tokens[0, 5:] == 0).all()  # SD 2.x pads with id 0
