@@ -22,6 +22,7 @@ from PIL import Image
 from ip2p_jax.diffusion import schedule as schedules
 from ip2p_jax.diffusion.denoise import denoiser, guide_edit
 from ip2p_jax.diffusion.grids import Grid, grid
+from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.samplers import SAMPLERS, Sampler
 from ip2p_jax.models.clip import CLIPText
 from ip2p_jax.models.layers import abstract
@@ -184,7 +185,7 @@ class Editor:
         factor, channels = self.config.vae.factor, self.config.vae.latent_channels
         shape = (height // factor, width // factor, channels)
         if latents is None:
-            latents = unit_noise(start_keys, shape)
+            latents = jax.jit(unit_noise, static_argnums=1)(start_keys, shape)
         elif latents.shape[1:] != shape:
             raise ValueError(f"latents: shape {latents.shape}, expected {(len(images), *shape)}")
         return EditBatch(
@@ -280,12 +281,6 @@ def to_uint8(x: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
 def seed_keys(seeds: Any) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
     """Two keys a picture: for the start noise and for the noise of the steps."""
     return tuple(jax.vmap(lambda s: jax.random.split(jax.random.key(s)), out_axes=1)(seeds))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def unit_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b h w z"]:
-    """Unit normal noise, one key a picture."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def padded_rows(n: int, devices: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: `python -m ip2p_jax.convert` converts both ways exactly; bad input is one line, code 2."""
+"""Claims: `ip2p_jax.convert` converts both ways exactly; bad input is one line and code 2."""
 
 import os
 import subprocess

@@ -95,12 +95,16 @@ class GroupNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
-        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + self.eps)
-        ones = (1,) * (x.ndim - 1)
-        scale, bias = self.scale[...].reshape(*ones, -1), self.bias[...].reshape(*ones, -1)
-        return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
+        y = rearrange(x, "b ... c -> b (...) c").astype(jnp.float32)
+        y = y - self.group_mean(y)
+        scale = jax.lax.rsqrt(self.group_mean(y * y) + self.eps) * self.scale[...][None, None]
+        return (y * scale + self.bias[...][None, None]).astype(x.dtype).reshape(x.shape)
+
+    def group_mean(self, y: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
+        """Mean of each channel's group, first over positions: channels stay in the lanes."""
+        mean = rearrange(jnp.mean(y, axis=1), "b (g i) -> b g i", g=self.groups)
+        mean = jnp.broadcast_to(jnp.mean(mean, axis=2, keepdims=True), mean.shape)
+        return rearrange(mean, "b g i -> b 1 (g i)")
 
 
 def timestep_embedding(

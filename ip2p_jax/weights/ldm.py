@@ -66,7 +66,7 @@ def fuse(tensors: Tensors) -> dict[str, np.ndarray]:
 
 
 def spelling(part: str, cfg: ModelConfig, tensors: Tensors | None = None) -> Spell:
-    """The spelling of "unet", "vae" or "text"; `tensors` is the file that is read, if one is."""
+    """The spelling of "unet", "vae" or "text"; `tensors` are the `weights` of a file to read."""
     tensors = tensors or {}
     if part == "vae":
         return prefixed(VAE, vae_table(cfg.vae))

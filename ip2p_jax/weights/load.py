@@ -27,7 +27,7 @@ from ip2p_jax.types import Params
 from ip2p_jax.weights import ckpt, configs, ldm, tensor_file
 from ip2p_jax.weights.hub import ASSETS, WEIGHTS, file_names, locate
 from ip2p_jax.weights.names import POSITION_IDS, Names, detect, diffusers_spelling
-from ip2p_jax.weights.port import from_torch, to_torch
+from ip2p_jax.weights.port import fault, from_torch, to_torch
 
 LDM_METADATA = "ip2p_jax"
 """Key of an LDM file's metadata under which we keep what such files cannot say."""
@@ -39,6 +39,8 @@ EPSILON = {
     "beta_start": 0.00085,
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "linspace",
 }
 """What SD 1's `scheduler_config.json` says, with the authors' sampler."""
 
@@ -239,13 +241,13 @@ def load_ldm(path: Path) -> Pretrained:
     kept = ldm.weights(tensors)
     params = {}
     for part in PARTS:
-        spell, places = ldm.spelling(part, cfg, tensors), ldm.prefixes(part)
-        of_part = {n: kept.pop(n) for n in list(kept) if n.startswith(places)}
-        params[part] = from_torch(
-            abstract_part(part, getattr(cfg, part)), of_part, str(path), spell
-        )
+        spell, places = ldm.spelling(part, cfg, kept), ldm.prefixes(part)
+        of_part = {name: x for name, x in kept.items() if name.startswith(places)}
+        shapes = abstract_part(part, getattr(cfg, part))
+        params[part] = from_torch(shapes, of_part, str(path), spell)
+        kept = {name: x for name, x in kept.items() if name not in of_part}
     if kept:
-        raise ValueError(f"{path}: {len(kept)} unexpected tensors: {', '.join(list(kept)[:20])}")
+        raise ValueError(f"{path}: {fault('unexpected', list(kept))}")
     check_fit(cfg, str(path))
     return Pretrained(
         cfg,

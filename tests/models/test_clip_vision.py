@@ -64,20 +64,30 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_embeddings(activation):
-    """Image embeddings agree; with the other activation, or a picture on its side, they do not."""
-    theirs = CLIPVisionConfig(**TINY, hidden_act=activation)
+def check_embeddings(theirs: CLIPVisionConfig, rows: int) -> None:
+    """Image embeddings agree; with the other activation, or pictures on their side, they do not."""
     module = randomize(CLIPVisionModelWithProjection(theirs), 3)
-    pixels = np.random.default_rng(3).standard_normal((2, 32, 32, 3), np.float32)
+    size: Any = (rows, theirs.image_size, theirs.image_size, 3)
+    pixels = np.random.default_rng(3).standard_normal(size, np.float32)
     with torch.no_grad():
         expected = module(torch.from_numpy(pixels).permute(0, 3, 1, 2)).image_embeds.numpy()
     cfg = ours(theirs)
-    assert cfg.activation == activation
+    assert cfg.activation == theirs.hidden_act
     assert error(embed(cfg, module, pixels), expected) < TOLERANCE
-    other = replace(cfg, activation={"gelu": "quick_gelu", "quick_gelu": "gelu"}[activation])
-    assert error(embed(other, module, pixels), expected) > TOLERANCE
+    other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[cfg.activation]
+    assert error(embed(replace(cfg, activation=other), module, pixels), expected) > TOLERANCE
     assert error(embed(cfg, module, pixels.swapaxes(1, 2).copy()), expected) > TOLERANCE
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_embeddings(activation):
+    check_embeddings(CLIPVisionConfig(**TINY, hidden_act=activation), rows=2)
+
+
+@pytest.mark.slow
+def test_full_embeddings():
+    """ViT-L/14 at 224 px, the tower of Stable Diffusion's safety checker."""
+    check_embeddings(CLIPVisionConfig(**RELEASED["ViT-L/14"]), rows=1)
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: dimensions come from config.json as diffusers reads them; what we lack is refused by name."""
+"""Claims: config.json means what it means to diffusers; what we lack is refused by name."""
 
 import json
 from dataclasses import replace

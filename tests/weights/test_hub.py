@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: a hub id opens from the cache without network; only the files that are needed are asked for."""
+"""Claims: a hub id opens from the cache without network; only needed files are asked for."""
 
 import shutil
 from pathlib import Path

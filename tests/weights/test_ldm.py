@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: LDM files open with dimensions read off their tensors; EMA weights are chosen; the rest of
-what such files carry is dropped by name, and nothing else is."""
+"""Claims: LDM files open with dimensions read off their tensors; EMA weights are chosen; what else
+such files carry is dropped by name, and only that."""
 
 import sys
 import types
@@ -191,7 +191,7 @@ def test_sd2_file(tmp_path):
     [
         ({ldm.UNET + "out.2.bias": None}, r"1 tensor missing: model.diffusion_model.out.2.bias"),
         ({ldm.VAE + "stray": torch.ones(2)}, r"unexpected: first_stage_model.stray \(2,\)"),
-        ({"lora.weight": torch.ones(2)}, "1 unexpected tensors: lora.weight"),
+        ({"lora.weight": torch.ones(2)}, "1 tensor unexpected: lora.weight"),
         (
             {ldm.VAE + "quant_conv.bias": torch.ones(3)},
             r"first_stage_model.quant_conv.bias \(3,\), expected \(8,\)",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: every kind of model opens to the same parameters; every fault takes one line naming it."""
+"""Claims: every kind of model opens to the same parameters; every fault is named in one line."""
 
 import json
 import shutil

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: our LDM names are those that diffusers' own converters read, at every size.
 
-Our tensors go out under LDM's names, diffusers' converters bring them back: the same names, the same
-tensors must arrive. Tensors on the meta device have shapes and no data, so full size costs nothing.
+Our tensors go out under LDM's names, diffusers' converters bring them back: the same names and
+tensors must arrive. On the meta device tensors have shapes and no data: full size costs nothing.
 """
 
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: widening adds zero channels behind the old ones and changes nothing else (section 3.2)."""
+"""Claims: widening adds zero channels behind the old ones and changes nothing else."""
 
 import jax
 import numpy as np
