@@ -173,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache_compilations()
     console = Console(stderr=True)
     with console.status(f"loading {args.model}"):
-        pretrained = load(args.model, revision=args.revision, variant=args.variant)
+        pretrained = load(
+            args.model, revision=args.revision, variant=args.variant, safety=args.safety
+        )
         checker = SafetyChecker.from_pretrained(pretrained) if args.safety else None
         editor = Editor(pretrained, dtype=DTYPES.get(args.dtype))
     own = pretrained.config.unet.sample_size * pretrained.config.vae.factor

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 from PIL import Image
 
 from ip2p_jax.diffusion import schedule as schedules
-from ip2p_jax.diffusion.denoise import denoiser, guide_edit
+from ip2p_jax.diffusion.denoise import denoiser, guide_edit, one_batch
 from ip2p_jax.diffusion.grids import Grid, grid
 from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.samplers import SAMPLERS, Sampler
@@ -262,7 +262,7 @@ def edit_batch(
     pixels = batch.images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
     cond = Conditioning(text=encode_text(batch.tokens), image=vae.encode(pixels).mean)
     denoise = guide_edit(
-        denoiser(network, schedule),
+        denoiser(one_batch(network), schedule),
         cond,
         encode_text(batch.negative),
         batch.text_guidance,

@@ -47,7 +47,7 @@ def train(cfg: config.Config, workdir: str, override: list[str], distributed: bo
         # What is trained: shapes -> shardings -> arrays.
         task, tokenizer, finish = runs.prepare(cfg, workdir, fresh)
         tx = optim.make_optimizer(cfg.optim)
-        shapes = state.abstract_state(task.init, task.args, tx)
+        shapes = state.abstract_state(*task.start, tx)
         shardings = mesh.state_shardings(devices, shapes)
         frozen = jax.device_put(task.frozen, everywhere)
         key = jax.device_put(jax.random.key(cfg.seed), everywhere)
@@ -56,7 +56,7 @@ def train(cfg: config.Config, workdir: str, override: list[str], distributed: bo
 
         # Go on from the newest checkpoint, or begin and save step 0.
         if fresh:
-            current, position = state.init_state(task.init, task.args, tx, shardings), {"batch": 0}
+            current, position = state.init_state(*task.start, tx, shardings), {"batch": 0}
         else:
             current, position = checkpoint.restore(manager, shapes, shardings)
         batches = make_loader(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight fake devices, no network, and one compilation cache shared with the processes tests start."""
+"""Eight fake devices, no network, one compilation cache for tests and the processes they start."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,3 +31,13 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.oracles import tiny_folder
 
     return tiny_folder(tmp_path_factory.mktemp("tiny_sd"), in_channels=4)
+
+
+@pytest.fixture(scope="session")
+def full_ip2p(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A diffusers folder in full SD 1.5 shape with 8 input channels (4.3 GB): for slow tests."""
+    from tests.oracles import full_folder
+
+    folder = full_folder(tmp_path_factory.mktemp("full_ip2p"))
+    yield folder
+    shutil.rmtree(folder)

@@ -142,7 +142,9 @@ def tiny_folder(
         seed,
         scheduler,
     )
-    pipe.to(dtype).save_pretrained(path, **save_options)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        torch.nn.Module.to(part, dtype)
+    pipe.save_pretrained(path, **save_options)
     return Path(path)
 
 

@@ -23,7 +23,7 @@ def test_there_and_back(tiny_ip2p, tmp_path, capsys):
     assert run("--from", file, "--to", back, "--format", "diffusers") == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(file), str(back)]
-    assert f"writing {back}"[:20] in err
+    assert "writing" in err  # the progress bar
     want = tensors(tiny_ip2p)
     for part, got in tensors(back).items():
         names = {n.removeprefix("text_model."): x for n, x in got.items()}

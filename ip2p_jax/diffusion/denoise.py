@@ -33,7 +33,6 @@ def denoiser(network: Network, schedule: Schedule) -> ConditionalDenoise:
     Only the noisy channels are scaled to unit variance (c_in = 1 / sqrt(sigma^2 + 1)). A
     text-to-image network is given an image latent of no channels.
     """
-    network = one_batch(network)
     to_z0 = v_to_z0 if schedule.prediction == "v_prediction" else epsilon_to_z0
 
     def denoise(

@@ -17,7 +17,7 @@ from etils import epath
 
 from ip2p_jax import config
 from ip2p_jax.training import logs
-from ip2p_jax.types import Params, TrainState
+from ip2p_jax.types import TrainState
 
 FREE = ("steps", "mesh.", "checkpoint.", "log.")
 """Keys a run may change when it goes on: none of them changes what a step computes."""
@@ -101,14 +101,3 @@ def check_config(workdir: str, cfg: config.Config, override: list[str]) -> None:
                     f"add --override={name} to go on with the new value"
                 )
     logs.write_json(path, new)
-
-
-def restore_ema(workdir: str, abstract: Params | None = None) -> Params:
-    """Returns the EMA of the newest checkpoint of a run; without `abstract` as numpy arrays."""
-    root = directory(workdir)
-    with ocp.CheckpointManager(root, item_names=("ema",)) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{workdir}: no checkpoint under {root}")
-        args = ocp.args.Composite(ema=ocp.args.StandardRestore(abstract))
-        return manager.restore(step, args=args)["ema"]

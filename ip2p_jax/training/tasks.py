@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int32, Key, UInt8
 
-from ip2p_jax.diffusion.denoise import denoiser, guide_edit
+from ip2p_jax.diffusion.denoise import denoiser, guide_edit, one_batch
 from ip2p_jax.diffusion.grids import grid
 from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.objective import Losses, diffusion_loss, sample_posterior
@@ -32,12 +33,18 @@ Sample = Callable[[Params, Params, Batch], Float[Array, "b h w c"]]
 """`sample(ema, frozen, batch)`: what the model makes of a batch, pixels in [-1, 1]."""
 
 
-class Task(NamedTuple):
-    """`init(*args)` gives the trained parameters by part; `frozen` goes to `loss` as an argument."""
+class Start(NamedTuple):
+    """`init(*args)` gives the trained parameters by part, "unet", "text" or "vae"."""
 
-    config: ModelConfig
     init: Callable[..., Params]
     args: tuple
+
+
+class Task(NamedTuple):
+    """What is trained, from what `start`; `frozen` goes to `loss` and `sample` as an argument."""
+
+    config: ModelConfig
+    start: Start
     frozen: Params
     loss: Loss
     sample: Sample
@@ -48,19 +55,24 @@ def pixels(x: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
     return x.astype(jnp.float32) / 127.5 - 1.0
 
 
-def scratch(dtype: Any, **parts: tuple[type[nnx.Module], Any]) -> Callable[..., Params]:
-    """Returns `init(key)`: random parameters of each part, given as (network, its dimensions)."""
+def given(params: Params) -> Start:
+    """Starts from these parameters."""
+    return Start(lambda params: params, (params,))
+
+
+def scratch(key: Key[Array, ""], **parts: tuple[type[nnx.Module], Any]) -> Start:
+    """Starts from random parameters of each part, given as (network, its dimensions)."""
 
     def init(key: Key[Array, ""]) -> Params:
         params = {}
         for part_key, (name, (network, cfg)) in zip(
             jax.random.split(key, len(parts)), parts.items(), strict=True
         ):
-            module = network(cfg, dtype=dtype, rngs=nnx.Rngs(part_key))
+            module = network(cfg, rngs=nnx.Rngs(part_key))
             params[name] = nnx.to_pure_dict(nnx.state(module))
         return params
 
-    return init
+    return Start(init, (key,))
 
 
 def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Array, ""]) -> Task:
@@ -84,9 +96,7 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
         posterior = vae.encode(x)
         d = vae.decode(sample_posterior(keys, *posterior)) - x
         edges = jnp.mean(jnp.abs(jnp.diff(d, axis=1))) + jnp.mean(jnp.abs(jnp.diff(d, axis=2)))
-        kl = 0.5 * (
-            posterior.mean**2 + jnp.exp(posterior.log_var) - 1.0 - posterior.log_var
-        )
+        kl = 0.5 * (posterior.mean**2 + jnp.exp(posterior.log_var) - 1.0 - posterior.log_var)
         kl_per_value = jnp.sum(kl) / x.size
         value = jnp.mean(jnp.abs(d)) + edges + kl_weight * kl_per_value
         logs = {"mse": mean(jnp.mean(d**2)), "kl": mean(jnp.mean(kl))}
@@ -96,7 +106,7 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
         vae = nnx.merge(graphdef, ema["vae"])
         return vae.decode(vae.encode(pixels(batch.input)).mean)
 
-    return Task(config, scratch(dtype, vae=(VAE, config.vae)), (key,), {}, loss, sample)
+    return Task(config, scratch(key, vae=(VAE, config.vae)), {}, loss, sample)
 
 
 def latent_std(config: ModelConfig, vae: Params, batches: list[Batch]) -> float:
@@ -105,6 +115,39 @@ def latent_std(config: ModelConfig, vae: Params, batches: list[Batch]) -> float:
     encode = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(pixels(x)).mean)
     latents = [encode(vae, x) for batch in batches for x in (batch.input, batch.output)]
     return float(jnp.std(jnp.concatenate(latents)))
+
+
+def edit_task(
+    config: ModelConfig,
+    start: Start,
+    frozen: Params,
+    null_tokens: Int32[np.ndarray, "n"],
+    *,
+    schedule: Schedule,
+    drop_rate: float,
+    sample_steps: int,
+    dtype: Any,
+) -> Task:
+    """Trains the UNet, and the text tower too unless `frozen` holds it, to edit by instruction.
+
+    `null_tokens` are those of the empty text, `frozen` the parameters of the VAE at least.
+    """
+    nets = graphs(config, dtype)
+    if "text" in frozen:
+        null_text = jax.jit(nnx.merge(nets.text, frozen["text"]))(null_tokens[None])[0]
+        frozen = frozen | {"null_text": np.asarray(null_text, np.float32)}
+        encode = frozen_text(nets.text)
+    else:
+        frozen = frozen | {"null_tokens": null_tokens}
+        encode = trained_text(nets.text)
+    scaling = config.vae.scaling_factor
+    return Task(
+        config,
+        start,
+        frozen,
+        edit_loss(nets, encode, schedule, scaling, drop_rate),
+        edit_sample(nets, encode, schedule, scaling, sample_steps),
+    )
 
 
 class Graphs(NamedTuple):
@@ -174,9 +217,7 @@ def edit_loss(
         z0 = sample_posterior(z_keys, *vae.encode(pixels(batch.output))) * scaling
         text, null_text = encode(params, frozen, batch.tokens)
         cond = Conditioning(text, vae.encode(pixels(batch.input)).mean)
-        value, losses = diffusion_loss(
-            unet, schedule, loss_keys, z0, cond, null_text, drop_rate
-        )
+        value, losses = diffusion_loss(unet, schedule, loss_keys, z0, cond, null_text, drop_rate)
         return value, quartiles(losses, len(schedule.alpha_bar))
 
     return loss
@@ -194,7 +235,9 @@ def edit_sample(
         cond = Conditioning(text, vae.encode(pixels(batch.input)).mean)
         null = jnp.broadcast_to(null_text[None], text.shape)
         rows = jnp.ones(len(text))
-        denoise = guide_edit(denoiser(unet, schedule), cond, null, 7.5 * rows, 1.5 * rows)
+        denoise = guide_edit(
+            denoiser(one_batch(unet), schedule), cond, null, 7.5 * rows, 1.5 * rows
+        )
         keys = jax.vmap(jax.random.key)(jnp.arange(len(text)))
         start, steps = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)
         noise = unit_noise(start, cond.image.shape[1:])

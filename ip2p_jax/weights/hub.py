@@ -60,8 +60,8 @@ def fetch(source: epath.Path) -> Path:
     return target
 
 
-def copy_tree(source: epath.Path, target: Path) -> None:
-    """Copies a folder from a bucket."""
+def copy_tree(source: epath.Path, target: epath.Path | Path) -> None:
+    """Copies a folder from or to a bucket."""
     target.mkdir(exist_ok=True)
     for item in source.iterdir():
         if item.is_dir():

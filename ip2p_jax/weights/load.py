@@ -7,8 +7,8 @@ memory of what is converted.
 
 import functools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,10 +96,33 @@ def load(
     if path.is_file():
         return load_ldm(path)
     if "://" in model:
-        return load_folder(path, None, restore_ema(epath.Path(model)))
+        return load_run(epath.Path(model), path)
     if (path / "base").is_dir():
-        return load_folder(path / "base", None, restore_ema(epath.Path(path)))
-    return load_folder(path, variant, {})
+        return load_run(epath.Path(path), path / "base")
+    return load_folder(path, variant)
+
+
+def load_run(run: epath.Path, base: Path) -> Pretrained:
+    """Opens a run directory of ours: what `base` holds, and the EMA of what was trained."""
+    ema = restore_ema(run)
+    p = load_base(base, tuple(ema))
+    params = {
+        part: from_torch(
+            abstract_part(part, getattr(p.config, part)), to_torch(x), f"{run}: EMA of the {part}"
+        )
+        for part, x in ema.items()
+    }
+    return replace(p, params=p.params | params)
+
+
+def load_base(base: Path, trained: Collection[str]) -> Pretrained:
+    """Opens DIR/base of a run: parameters of what is frozen, dimensions of what is trained too.
+
+    Where the scheduler is the usual one, which a diffusers folder has to state, k-diffusion's
+    conventions hold, as in the run itself.
+    """
+    p = load_folder(base, without=trained)
+    return replace(p, scheduler=None if p.scheduler == EPSILON else p.scheduler)
 
 
 def load_vae(model: str) -> tuple[VAEConfig, Params]:
@@ -118,23 +141,20 @@ def load_vae(model: str) -> tuple[VAEConfig, Params]:
     return cfg, port_part("vae", cfg, tensors, detect({"vae": tensors}), source)
 
 
-def load_folder(path: Path, variant: str | None, ema: dict[str, Params]) -> Pretrained:
-    """Opens a diffusers folder; the parts in `ema` are taken from there instead."""
+def load_folder(
+    path: Path, variant: str | None = None, *, without: Collection[str] = ()
+) -> Pretrained:
+    """Opens a diffusers folder; of the parts in `without` only the configuration."""
     for part in PARTS.values():
         if not (path / part.folder).is_dir():
             raise FileNotFoundError(f"{path}: not a diffusers folder (no {part.folder}/ inside)")
     cfg = ModelConfig(*(part_config(path, part) for part in PARTS))
-    read = {part: read_part(path, part, variant) for part in PARTS if part not in ema}
+    read = {part: read_part(path, part, variant) for part in PARTS if part not in without}
     names = detect({part: tensors for part, (tensors, _) in read.items()})
-    params = {}
-    for part in PARTS:
-        sizes = getattr(cfg, part)
-        if part in ema:
-            source = f"{path.parent}: EMA of the {part}"
-            params[part] = from_torch(abstract_part(part, sizes), to_torch(ema[part]), source)
-        else:
-            tensors, source = read[part]
-            params[part] = port_part(part, sizes, tensors, names, source)
+    params = {
+        part: port_part(part, getattr(cfg, part), tensors, names, source)
+        for part, (tensors, source) in read.items()
+    }
     check_fit(cfg, str(path))
     scheduler = path / "scheduler" / "scheduler_config.json"
     safety = path / "safety_checker"

@@ -60,6 +60,22 @@ def from_torch(
       ValueError: names `source` and every missing, extra, misshaped or integer tensor.
     """
     wanted = {spell(torch_name(p)): torch_shape(p, x.shape) for p, x in leaves(abstract)}
+    check(wanted, tensors, source)
+
+    def fill(node: Params, path: tuple = ()) -> Params:
+        return {
+            key: fill(value, (*path, key))
+            if isinstance(value, dict)
+            else to_jax((*path, key), tensors[spell(torch_name((*path, key)))], value.shape)
+            for key, value in node.items()
+        }
+
+    return fill(abstract)
+
+
+def check(wanted: dict[str, tuple[int, ...]], tensors: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError that names every tensor by which `tensors` differs from the names and
+    shapes in `wanted`."""
     faults = {
         "missing": [f"{n} {shape}" for n, shape in wanted.items() if n not in tensors],
         "unexpected": [f"{n} {x.shape}" for n, x in tensors.items() if n not in wanted],
@@ -74,16 +90,6 @@ def from_torch(
     }
     if any(faults.values()):
         raise ValueError(f"{source}: " + "; ".join(fault(k, v) for k, v in faults.items() if v))
-
-    def fill(node: Params, path: tuple = ()) -> Params:
-        return {
-            key: fill(value, (*path, key))
-            if isinstance(value, dict)
-            else to_jax((*path, key), tensors[spell(torch_name((*path, key)))], value.shape)
-            for key, value in node.items()
-        }
-
-    return fill(abstract)
 
 
 def to_torch(params: Params, spell: Spell = lambda name: name) -> dict[str, np.ndarray]:

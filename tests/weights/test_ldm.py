@@ -110,11 +110,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_model(got, folder: Path):
     want = load(str(folder))
-    sizes = (
-        {"sample_size": got.config.unet.sample_size},
-        {"sample_size": got.config.vae.sample_size},
-    )
-    unet, vae = replace(want.config.unet, **sizes[0]), replace(want.config.vae, **sizes[1])
+    unet = replace(want.config.unet, sample_size=got.config.unet.sample_size)
+    vae = replace(want.config.vae, sample_size=got.config.vae.sample_size)
     assert got.config == replace(want.config, unet=unet, vae=vae)
     jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
 

@@ -87,7 +87,7 @@ def test_what_comes_from_ldm_gets_the_released_names(tiny_ip2p, tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize("generation", ["today", "released"])
 def test_diffusers_opens_the_export(tiny_ip2p, tmp_path, generation):
-    """Its networks compute what the source's compute, bit for bit; another model's do not."""
+    """Its networks compute what the source's compute; another model's do not."""
     source = tiny_ip2p
     if generation == "released":
         source = released_names(tiny_ip2p, tmp_path / "source")
@@ -98,17 +98,17 @@ def test_diffusers_opens_the_export(tiny_ip2p, tmp_path, generation):
     ]
     generator = torch.Generator().manual_seed(0)
     z, x = torch.randn(1, 8, 16, 16, generator=generator), torch.randn(1, 3, 64, 64)
-    ids = pipes[0].tokenizer("make it black", padding="max_length", return_tensors="pt").input_ids
-    assert torch.equal(
-        pipes[1].tokenizer("make it black", padding="max_length", return_tensors="pt").input_ids,
-        ids,
+    ids, exported_ids, _ = (
+        pipe.tokenizer("make it black", padding="max_length", return_tensors="pt").input_ids
+        for pipe in pipes
     )
+    assert torch.equal(exported_ids, ids)
     with torch.no_grad():
         text = [pipe.text_encoder(ids).last_hidden_state for pipe in pipes]
         noise = [pipe.unet(z, 500, text[0]).sample for pipe in pipes]
         latent = [pipe.vae.encode(x).latent_dist.mean for pipe in pipes]
     for source_result, exported, other in (text, noise, latent):
-        assert torch.equal(exported, source_result)
+        assert (exported - source_result).abs().max() <= 1e-5 * source_result.abs().max()
         assert not torch.allclose(other, source_result, atol=0.1)
     assert pipes[1].scheduler.config["beta_schedule"] == "scaled_linear"
 
@@ -130,16 +130,11 @@ def test_narrow_types(tiny_ip2p, tmp_path, dtype):
     save_diffusers(model, tmp_path / "out", dtype=dtype)
     want = tensors(tiny_ip2p)
     for part, got in tensors(tmp_path / "out").items():
-        as_stored = {n: x.to(getattr(torch, dtype)) for n, x in want[part].items()}
         assert {x.dtype for x in got.values()} == {getattr(torch, dtype)}
-        assert same(
-            {n: x.float() for n, x in got.items()}, {n: x.float() for n, x in as_stored.items()}
-        )
-    assert (
-        0
-        < size(model, dtype)
-        <= sum((tmp_path / "out" / file).stat().st_size for file in FILES.values())
-    )
+        rounded = {n: x.to(getattr(torch, dtype)).float() for n, x in want[part].items()}
+        assert same({n: x.float() for n, x in got.items()}, rounded)
+    written = sum((tmp_path / "out" / file).stat().st_size for file in FILES.values())
+    assert 0.95 * written < size(model, dtype) < written
 
 
 def test_parts_without_parameters_get_their_configuration_only(tiny_ip2p, tmp_path):
