@@ -19,7 +19,7 @@ def get_config() -> Config:
         norm_groups=8,
         sample_size=16,
     )
-    text = TextConfig(vocab_size=1024, width=96, layers=2, heads=4, mlp_width=384, positions=32)
+    text = TextConfig(vocab_size=1024, width=96, layers=2, heads=4, mlp_width=384)
     return Config(
         model=Model(
             base="",

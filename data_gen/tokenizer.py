@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the vocabulary of a small model: byte-level BPE, as CLIP's, learned from the instructions.
 
-python -m data_gen.tokenizer --output DIR [--size 1024] [--length 32]
+python -m data_gen.tokenizer --output DIR [--size 1024]
 
 DIR then holds CLIPTokenizer's files: vocab.json, merges.txt, and those of today's libraries.
 """
@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -24,31 +25,32 @@ END_OF_WORD = "</w>"
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 
 
-def learn(texts: Sequence[str], size: int, length: int) -> CLIPTokenizer:
-    """Learns merges until the vocabulary has at most `size` entries; texts are cut at `length`.
+def learn(texts: Sequence[str], size: int) -> CLIPTokenizer:
+    """Learns merges until the vocabulary has at most `size` entries.
 
     As in CLIP's, every byte is an entry, within a word and at its end, so any text has tokens.
     Raises ValueError where `size` leaves no room for merges.
     """
     alphabet = sorted(ByteLevel.alphabet())
     alphabet += [byte + END_OF_WORD for byte in alphabet]
-    room = size - len(alphabet) - len(SPECIAL)
-    if room < 1:
-        raise ValueError(f"size {size}: expected more than {size - room}, the bytes alone")
+    least = len(alphabet) + len(SPECIAL)
+    if size < least:
+        raise ValueError(f"size {size}: expected at least {least}, the bytes alone")
     rules = CLIPTokenizer().backend_tokenizer  # how CLIP normalises texts and cuts them into words
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=size,  # of which the alphabet takes less here, so there are enough merges
+        vocab_size=size - len(SPECIAL),
+        special_tokens=alphabet,  # fixes their order, and with it which of equal merges comes first
         end_of_word_suffix=END_OF_WORD,
-        initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]][:room]
-    words = dict.fromkeys([*alphabet, *(a + b for a, b in merges), *SPECIAL])
-    vocabulary = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocabulary, merges, model_max_length=length)
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocabulary = learned["vocab"]
+    vocabulary |= {word: len(vocabulary) + i for i, word in enumerate(SPECIAL)}
+    merges: Any = [tuple(pair) for pair in learned["merges"]]
+    return CLIPTokenizer(vocabulary, merges, model_max_length=77)
 
 
 @one_line_errors
@@ -59,12 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="new folder to write")
     parser.add_argument("--size", type=int, default=1024, help="most entries (default 1024)")
-    parser.add_argument("--length", type=int, default=32, help="most tokens of a text (default 32)")
     args = parser.parse_args(argv)
     if (args.output / "vocab.json").is_file():
         print(f"{args.output} is already there")
         return 0
-    tokenizer = learn([text for e in EDITS.values() for text in e.wordings], args.size, args.length)
+    tokenizer = learn([text for e in EDITS.values() for text in e.wordings], args.size)
     with atomic_folder(args.output) as folder:
         tokenizer.save_pretrained(folder)
         tokenizer.backend_tokenizer.model.save(str(folder))

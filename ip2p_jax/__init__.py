@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """InstructPix2Pix in JAX/Flax: edit pictures by instruction, make data, train, measure."""
 
+import os
 from typing import TYPE_CHECKING
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there, say
 
 if TYPE_CHECKING:
     from ip2p_jax.editor import Editor

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import functools
+import glob
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except (ValueError, OSError) as error:
-            line = " ".join(str(error).split())
+            line = " ".join(str(error).split()) or type(error).__name__
             print(f"error: {line}", file=sys.stderr)
             return 2
 
@@ -40,16 +41,33 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to `path` if the block ends well."""
+    """Yields a temporary path beside `path`, renamed to `path` if the block ends well.
+
+    What killed processes left of the same file is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = part.suffixes[-2].removeprefix(".")
+        if pid.isdecimal() and not is_running(int(pid)):
+            part.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)
     finally:
-        if part.is_file():
-            part.unlink()
+        part.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process with this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def cache_compilations() -> None:

@@ -8,6 +8,7 @@ deltas on it.
 import dataclasses
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -145,8 +146,11 @@ def parse(argv: list[str]) -> Command | None:
         raise ValueError(f"--config: {error.args[0]}") from None
     if rest:
         raise ValueError(f"{rest[0]}: expected options only, see --help")
-    if cfg is None or workdir.value is None:
+    if not values["config"].present or workdir.value is None:
         raise ValueError("--config FILE and --workdir DIR are needed, see --help")
+    file = config_flags.get_config_filename(values["config"])
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"--config {file}: no such file")
     if not isinstance(cfg, Config):
         raise ValueError("--config: get_config() must return an ip2p_jax.config.Config")
     check(cfg)

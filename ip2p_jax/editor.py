@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 from PIL import Image
 
+from ip2p_jax.data.pictures import to_rgb
 from ip2p_jax.diffusion import schedule as schedules
 from ip2p_jax.diffusion.denoise import denoiser, guide_edit, one_batch
 from ip2p_jax.diffusion.grids import Grid, grid
@@ -145,10 +146,10 @@ class Editor:
                 "negative", "" if negative is None else negative, n, check_text
             ),
         }
-        fitted = [
-            fit(x.convert("RGB"), edit_size(x.size, resolution, self.config.multiple))
-            for x in images
-        ]
+        if latents is not None and len(latents) != n:
+            raise ValueError(f"latents: {len(latents)} rows for {n} pictures")
+        upright = [to_rgb(x) for x in images]
+        fitted = [fit(x, edit_size(x.size, resolution, self.config.multiple)) for x in upright]
         results = list(fitted)
         for chunk in self.chunks(fitted, rows["instructions"]):
             picked = {name: [values[i] for i in chunk] for name, values in rows.items()}

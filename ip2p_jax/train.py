@@ -2,7 +2,7 @@
 """Trains an editor, or the autoencoder of a small one. The same command again resumes the run.
 
 python -m ip2p_jax.train --config configs/X.py --workdir DIR [--config.optim.lr=3e-5 ...]
-  --override=KEY  go on although KEY (e.g. optim.lr) differs from what the run has stored; repeatable
+  --override=KEY  go on although KEY (e.g. optim.lr) differs from the stored one; repeatable
   --distributed   one of several hosts: jax.distributed.initialize() before anything else
 
 DIR then holds config.json, base/ (what is frozen), checkpoints/, metrics.jsonl, TensorBoard events
@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ip2p_jax import config
-from ip2p_jax.cli import one_line_errors
+from ip2p_jax.cli import cache_compilations, one_line_errors
 from ip2p_jax.data.loader import make_loader
 from ip2p_jax.training import checkpoint, logs, mesh, optim, runs, state
 from ip2p_jax.types import Params
@@ -113,9 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done or stopped by SIGTERM, 1 the loss is not finite, 2 wrong input."""
     command = config.parse(sys.argv[1:] if argv is None else argv)
     if command is None:
-        print(__doc__.split("\n", 2)[2])
+        print((__doc__ or "").split("\n", 2)[2])
         print("\n".join(["Options and their defaults:", *config.describe(config.Config())]))
         return 0
+    cache_compilations()
     if command.distributed:
         jax.distributed.initialize()
     try:

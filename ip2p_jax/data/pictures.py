@@ -50,7 +50,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError(str(error) or type(error).__name__) from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB: EXIF rotation obeyed, 16 bits scaled to 8, transparency laid on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -65,11 +65,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def decode(data: bytes) -> Image.Image:
     """Decodes an encoded picture to upright RGB; ValueError says in one line what is wrong."""
     with _opened(data) as image:
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
 def read(path: Path) -> Image.Image:
     """Reads a picture file to upright RGB; ValueError names the file and what is wrong."""
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, expected a picture")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
     try:
@@ -88,7 +90,7 @@ def plain(data: bytes) -> tuple[bytes, tuple[int, int]]:
         opaque = image.mode == "RGB" and not image.has_transparency_data
         if upright and opaque and image.format in ("JPEG", "PNG"):
             return data, image.size
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
     encoded = io.BytesIO()
     rgb.save(encoded, "PNG")
     return encoded.getvalue(), rgb.size

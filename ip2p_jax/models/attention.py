@@ -45,26 +45,30 @@ def attend(
 def attend_by_head(
     q: Float[Array, "b n k d"], k: Float[Array, "b m k d"], v: Float[Array, "b m k d"]
 ) -> Float[Array, "b n k d"]:
-    """The same one head after the other: on the CPU batched products are slow and caches small."""
+    """The same one head after the other: on the CPU batched products are slow and caches small.
+
+    Keys and values lie with positions in their rows, which makes the products of the gradient, too,
+    those that XLA has fast loops for.
+    """
     b, _, _, d = q.shape
 
     def one_head(qkv):
         q, k, v = qkv
-        score = (q @ k.T).astype(jnp.float32) * d**-0.5
-        weight = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True))
+        score = (q @ k).astype(jnp.float32) * d**-0.5
+        highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
+        weight = jnp.exp(score - highest)
         total = jnp.sum(weight, axis=-1, keepdims=True)
-        return ((weight.astype(v.dtype) @ v) / total).astype(v.dtype)
+        return ((weight.astype(v.dtype) @ v.T) / total).astype(v.dtype)
 
-    heads = (rearrange(x, "b n k d -> (b k) n d") for x in (q, k, v))
-    return rearrange(jax.lax.map(one_head, tuple(heads)), "(b k) n d -> b n k d", b=b)
+    q = rearrange(q, "b n k d -> (b k) n d")
+    k, v = (rearrange(x, "b m k d -> (b k) d m") for x in (k, v))
+    return rearrange(jax.lax.map(one_head, (q, k, v)), "(b k) n d -> b n k d", b=b)
 
 
 class Attention(nnx.Module):
     """Multi-head attention with diffusers' tensor names; no bias on q, k, v."""
 
-    def __init__(
-        self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         def linear(c_in: int, *, bias: bool = False) -> nnx.Linear:
             return nnx.Linear(c_in, width, use_bias=bias, dtype=dtype, rngs=rngs)
 
@@ -113,9 +117,7 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention, cross-attention on the text, feed-forward; each after a LayerNorm."""
 
-    def __init__(
-        self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         def norm() -> nnx.LayerNorm:
             return nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 

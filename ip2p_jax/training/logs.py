@@ -51,7 +51,8 @@ class Logs:
         self.path = epath.Path(workdir) / "metrics.jsonl"
         self.samples = epath.Path(workdir) / "samples"
         self.waiting: list[tuple[int, Metrics]] = []
-        self.time = time.monotonic()
+        self.time: float | None = None
+        self.timed = 0
         if writes():
             self.drop_after(step)
             self.events = SummaryWriter(workdir, purge_step=step + 1)
@@ -76,16 +77,21 @@ class Logs:
     def add(self, step: int, metrics: Metrics) -> None:
         """Keeps the metrics of a step, which may still be computing."""
         self.waiting.append((step, metrics))
+        if self.time is None:  # the first step compiles: the clock starts after it
+            jax.block_until_ready(metrics)
+            self.time = time.monotonic()
+        else:
+            self.timed += 1
         if writes():
             self.progress.update(self.bar, completed=step)
 
     def flush(self, examples: int) -> None:
         """Waits for the kept metrics and writes their means as one line.
 
-        `examples` is the number of rows a step. Raises FloatingPointError naming the first step whose
-        loss, gradient or parameters are not finite.
+        `examples` is the number of rows a step. Raises FloatingPointError naming the first step
+        whose loss, gradient or parameters are not finite.
         """
-        if not self.waiting:
+        if self.time is None or not self.waiting:
             return
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self.waiting]
         for step, metrics in fetched:
@@ -93,11 +99,12 @@ class Logs:
                 if not math.isfinite(metrics[name][0]):
                     raise FloatingPointError(f"step {step}: {name} is {metrics[name][0]}")
         seconds = time.monotonic() - self.time
-        totals = {name: sum(m[name] for _, m in fetched) for name in fetched[0][1]}
-        line = {"step": fetched[-1][0]}
+        totals = {name: np.sum([m[name] for _, m in fetched], axis=0) for name in fetched[0][1]}
+        line: dict[str, Any] = {"step": fetched[-1][0]}
         line |= {name: float(v / w) for name, (v, w) in totals.items() if w > 0}
-        line["examples_per_second"] = examples * len(fetched) / seconds
-        self.waiting, self.time = [], time.monotonic()
+        if self.timed:
+            line["examples_per_second"] = examples * self.timed / seconds
+        self.waiting, self.timed, self.time = [], 0, time.monotonic()
         if writes():
             self.write(line)
 

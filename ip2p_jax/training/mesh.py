@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ip2p_jax import config
 
 SMALLEST = 2**14
-"""Arrays with fewer elements are copied to every device: splitting them costs more than it saves."""
+"""Arrays with fewer elements are copied to every device: splitting costs more than it saves."""
 
 
 def make_mesh(cfg: config.Mesh) -> jax.sharding.Mesh:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds what a configuration trains, and writes DIR/base, the frozen parts beside the checkpoints."""
+"""Builds what a configuration trains, and writes DIR/base, what is frozen, beside checkpoints."""
 
 import dataclasses
 import functools
@@ -57,13 +57,13 @@ def compute_type(cfg: config.Config) -> Any:
 
 
 def prepare(cfg: config.Config, workdir: str, fresh: bool) -> Run:
-    """Builds the run of `cfg`; a fresh one reads its parts from their sources, else from DIR/base."""
+    """Builds the run of `cfg`; what is frozen is read from its source once, then from DIR/base."""
     prepare_kind = {"edit": prepare_edit, "vae": prepare_vae}[cfg.objective.kind]
     return prepare_kind(cfg, workdir, fresh)
 
 
 def prepare_edit(cfg: config.Config, workdir: str, fresh: bool) -> Run:
-    """InstructPix2Pix, from a pretrained model or from scratch. DIR/base is written by a fresh run."""
+    """InstructPix2Pix, from a pretrained model or from scratch. A fresh run writes DIR/base."""
     trained = ("unet", "text") if cfg.model.train_text else ("unet",)
     p = open_sources(cfg.model) if fresh else load_base(base_folder(workdir), trained)
     if cfg.data.resolution % p.config.multiple:
@@ -176,7 +176,7 @@ def prepare_vae(cfg: config.Config, workdir: str, fresh: bool) -> Run:
 def write_vae_config(
     workdir: str, sizes: ModelConfig, ema: Params, batches: Iterator[Batch]
 ) -> None:
-    """Writes DIR/base/vae/config.json with the scaling factor that gives latents of unit variance."""
+    """Writes DIR/base/vae/config.json, with the scaling factor that makes latents of variance 1."""
     std = latent_std(sizes, ema["vae"], [next(batches) for _ in range(MEASURED)])
     cfg = dataclasses.replace(sizes.vae, scaling_factor=round(1 / std, 5))
     logs.write_json(epath.Path(workdir) / "base/vae/config.json", configs.vae_to_json(cfg))

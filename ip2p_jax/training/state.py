@@ -68,9 +68,9 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, decay_bound: float) 
             state.params, frozen, batch, keys
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         decay = ema_decay(state.step + 1, decay_bound)
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        ema: Any = optax.incremental_update(params, state.ema, 1 - decay)
         metrics = {
             "loss": mean(value),
             "grad_norm": mean(optax.global_norm(grads)),

@@ -60,7 +60,7 @@ def given(params: Params) -> Start:
     return Start(lambda params: params, (params,))
 
 
-def scratch(key: Key[Array, ""], **parts: tuple[type[nnx.Module], Any]) -> Start:
+def scratch(key: Key[Array, ""], **parts: tuple[Callable[..., nnx.Module], Any]) -> Start:
     """Starts from random parameters of each part, given as (network, its dimensions)."""
 
     def init(key: Key[Array, ""]) -> Params:
@@ -79,9 +79,9 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
     """Trains the VAE from scratch on both pictures of each pair.
 
     Loss per picture: sums over its values of |difference| and of |difference of neighbours|, plus
-    `kl_weight` times KL(q(z | x) || N(0, 1)) (Rombach et al. 2022, appendix G, without adversary and
-    perceptual term; the term on neighbours (Mathieu et al. 2016, section 3.2) keeps edges sharp),
-    divided by the number of values.
+    `kl_weight` times KL(q(z | x) || N(0, 1)) (Rombach et al. 2022, appendix G, without adversary
+    and perceptual term; the term on neighbours (Mathieu et al. 2016, section 3.2) keeps edges
+    sharp), divided by the number of values.
     """
 
     graphdef, _ = abstract(VAE, config.vae, dtype=dtype)
@@ -230,13 +230,16 @@ def edit_sample(
     levels = grid("euler_ancestral", steps, schedule)
 
     def sample(ema: Params, frozen: Params, batch: Batch) -> Float[Array, "b h w c"]:
-        vae, unet = nnx.merge(nets.vae, frozen["vae"]), nnx.merge(nets.unet, ema["unet"])
+        def network(z, t, text):
+            return nnx.merge(nets.unet, ema["unet"])(z, t, text)
+
+        vae = nnx.merge(nets.vae, frozen["vae"])
         text, null_text = encode(ema, frozen, batch.tokens)
         cond = Conditioning(text, vae.encode(pixels(batch.input)).mean)
         null = jnp.broadcast_to(null_text[None], text.shape)
         rows = jnp.ones(len(text))
         denoise = guide_edit(
-            denoiser(one_batch(unet), schedule), cond, null, 7.5 * rows, 1.5 * rows
+            denoiser(one_batch(network), schedule), cond, null, 7.5 * rows, 1.5 * rows
         )
         keys = jax.vmap(jax.random.key)(jnp.arange(len(text)))
         start, steps = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)

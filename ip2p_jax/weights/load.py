@@ -158,14 +158,13 @@ def load_folder(
     check_fit(cfg, str(path))
     scheduler = path / "scheduler" / "scheduler_config.json"
     safety = path / "safety_checker"
-    has_safety = any((safety / n).is_file() for n in file_names(WEIGHTS[safety.name], variant))
     return Pretrained(
         cfg,
         params,
         open_tokenizer(path / "tokenizer"),
         read_json(scheduler) if scheduler.is_file() else None,
         names,
-        safety if has_safety else None,
+        safety if safety.is_dir() else None,
     )
 
 

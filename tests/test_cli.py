@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: users' errors are one line and code 2, bugs are not; files are written whole or not."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ip2p_jax.cli import Parser, atomic_path, cache_compilations, one_line_errors
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a.png: is\n  broken\n"), "error: a.png: is broken\n"),
+        (FileNotFoundError(2, "No such file", "b"), "error: [Errno 2] No such file: 'b'\n"),
+        (ValueError(), "error: ValueError\n"),
+    ],
+)
+def test_one_line_errors(capsys, error, line):
+    @one_line_errors
+    def main():
+        raise error
+
+    assert main() == 2
+    assert capsys.readouterr() == ("", line)
+
+
+def test_other_ends(capsys):
+    """Results are exit codes, nothing is 0; bugs keep their traceback."""
+    assert one_line_errors(lambda code: code)(1) == 1
+    assert one_line_errors(lambda: None)() == 0
+    with pytest.raises(TypeError):
+        one_line_errors(lambda: len(3))()  # type: ignore[arg-type]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_parser_errors_are_value_errors():
+    parser = Parser(prog="x")
+    parser.add_argument("--steps", type=int)
+    for argv in (["--steps", "many"], ["--unknown"], ["--steps"]):
+        with pytest.raises(ValueError, match=argv[0]):
+            parser.parse_args(argv)
+
+
+def test_a_file_appears_at_the_end(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.png"
+    with atomic_path(path) as part:
+        part.write_text("whole")
+        assert part.parent == path.parent
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_text("before")
+    with pytest.raises(OSError, match="full"), atomic_path(path) as part:
+        part.write_text("hal")
+        raise OSError("disk full")
+    with pytest.raises(KeyboardInterrupt), atomic_path(path):
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    """Only of the same file, and only of processes that are no more."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = tmp_path / "a[1].png"
+    stale = tmp_path / f".a[1].png.{dead.pid}.part"
+    kept = [tmp_path / f".a[1].png.{os.getppid()}.part", tmp_path / f".b.png.{dead.pid}.part"]
+    for part in (stale, *kept, tmp_path / ".a[1].png.mine.part"):
+        part.write_text("half")
+    with atomic_path(path) as part:
+        part.write_text("whole")
+    assert not stale.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept, tmp_path / ".a[1].png.mine.part"])
+
+
+def test_compiled_programs_are_kept(tmp_path, monkeypatch):
+    """In the user's cache folder, unless the environment names another."""
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        cache_compilations()
+        assert jax.config.jax_compilation_cache_dir == before  # the tests' own
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cache_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ip2p_jax" / "programs")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

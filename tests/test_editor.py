@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole edits equal diffusers' InstructPix2Pix pipeline; rows of a batch do not touch each other."""
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+)
+from PIL import Image
+
+from ip2p_jax.editor import Editor
+from ip2p_jax.sizes import edit_size, fit
+
+LATENTS = 1e-4  # maximum error relative to the largest value
+PSNR = 60.0  # dB, of the picture
+STEPS = 10
+INSTRUCTION = "make it look like a rainy night"
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+}
+BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+OPTIONS = {"ddim": dict(set_alpha_to_one=False, clip_sample=False, steps_offset=1)}
+
+
+def photo(name: str, resolution: int = 64, multiple: int = 16) -> Image.Image:
+    image = Image.fromarray(getattr(skimage.data, name)())
+    return fit(image, edit_size(image.size, resolution, multiple))
+
+
+def noise(image: Image.Image, factor: int = 4, seed: int = 0) -> np.ndarray:
+    shape = (1, image.height // factor, image.width // factor, 4)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+    mse = np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / max(mse, 1e-12)))
+
+
+class Theirs:
+    """diffusers' pipeline on torch, and what it makes of one picture."""
+
+    def __init__(self, folder):
+        self.pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+            folder, safety_checker=None
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, image, start, sampler="ddim", steps=STEPS, instruction=INSTRUCTION, s_i=1.5):
+        """Final latents (b h w c) and the picture (uint8)."""
+        self.pipe.scheduler = SCHEDULERS[sampler](**BETAS, **OPTIONS.get(sampler, {}))
+        latents = self.pipe(
+            instruction,
+            image,
+            num_inference_steps=steps,
+            guidance_scale=7.5,
+            image_guidance_scale=s_i,
+            latents=torch.from_numpy(start).permute(0, 3, 1, 2),
+            output_type="latent",
+        ).images
+        with torch.no_grad():
+            z = latents / self.pipe.vae.config.scaling_factor
+            pixels = self.pipe.vae.decode(z).sample
+        picture = self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+        return latents.permute(0, 2, 3, 1).numpy(), np.asarray(picture)
+
+
+def ours(editor, image, start, sampler="ddim", steps=STEPS, instruction=INSTRUCTION, s_i=1.5):
+    batch = editor.batch(
+        [image],
+        start,
+        instructions=[instruction],
+        text_guidance=[7.5],
+        image_guidance=[s_i],
+        seed=[0],
+        negative=[""],
+    )
+    edited = editor.edit(batch, steps, sampler)
+    return edited.latents, edited.images[0]
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_ip2p):
+    return Theirs(tiny_ip2p)
+
+
+@pytest.fixture(scope="module")
+def editor(tiny_ip2p):
+    return Editor.from_pretrained(str(tiny_ip2p))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["astronaut", "coffee"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_edit_equals_diffusers(editor, theirs, name, sampler):
+    """Same start noise, 10 steps, a square photograph and one that is not."""
+    image = photo(name)
+    start = noise(image)
+    latents, picture = theirs(image, start, sampler)
+    our_latents, our_picture = ours(editor, image, start, sampler)
+    assert relative(our_latents, latents) < LATENTS
+    assert psnr(our_picture, picture) > PSNR
+
+
+@pytest.fixture(scope="module")
+def reference(theirs):
+    image = photo("coffee")
+    return image, noise(image), *theirs(image, noise(image))
+
+
+@pytest.mark.parity
+def test_controls_are_seen(editor, reference):
+    """What is slightly wrong misses the tolerance by far: each on its own."""
+    image, start, latents, picture = reference
+    wrong = {
+        "start scaled wrongly": ours(editor, image, start * 1.002),
+        "image guidance off by 0.1": ours(editor, image, start, s_i=1.6),
+        "another instruction": ours(editor, image, start, instruction="make it a rainy night"),
+        "another sampler's grid": ours(editor, image, start, "euler"),
+    }
+    for name, (our_latents, our_picture) in wrong.items():
+        assert relative(our_latents, latents) > 5 * LATENTS, name
+        assert psnr(our_picture, picture) < PSNR, name
+
+
+@pytest.mark.parity
+def test_control_step_offset(editor, theirs, reference):
+    """Without `steps_offset` every step is one timestep off."""
+    image, start, _, _ = reference
+    theirs.pipe.scheduler = None
+    shifted = OPTIONS["ddim"] | {"steps_offset": 0}
+    original, OPTIONS["ddim"] = OPTIONS["ddim"], shifted
+    try:
+        latents, _ = theirs(image, start)
+    finally:
+        OPTIONS["ddim"] = original
+    assert relative(ours(editor, image, start)[0], latents) > 5 * LATENTS
+
+
+@pytest.mark.parity
+def test_control_gelu(tiny_ip2p, reference, monkeypatch):
+    """The tanh form of the GELU in GEGLU is another network."""
+    image, start, latents, _ = reference
+    exact = jax.nn.gelu
+    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: exact(x, approximate=True))
+    other = Editor.from_pretrained(str(tiny_ip2p))
+    assert relative(ours(other, image, start)[0], latents) > LATENTS
+
+
+def test_rows_of_a_batch_do_not_touch(editor):
+    """A picture is the same whatever else is in its batch, bit for bit at equal numbers of rows."""
+    a, b, c = photo("astronaut"), photo("rocket"), photo("chelsea")
+    wide = Editor.__call__
+    editor.rows = 4
+    try:
+        options = dict(steps=3, resolution=64, sampler="euler_ancestral")
+        square = [x.resize((64, 64)) for x in (a, b, c)]
+        mixed = wide(
+            editor,
+            square,
+            ["x", "make it blue", "y"],
+            text_guidance=[3.0, 7.5, 0.0],
+            image_guidance=[1.0, 0.5, -1.0],
+            seed=[5, 6, 7],
+            negative=["", "bad", "worse"],
+            **options,
+        )
+        others = wide(
+            editor,
+            [square[2], square[1], square[0]],
+            ["other", "make it blue", "text"],
+            text_guidance=[9.0, 7.5, 1.0],
+            image_guidance=[2.0, 0.5, 1.5],
+            seed=[1, 6, 2],
+            negative=["", "bad", ""],
+            **options,
+        )
+        alone = wide(
+            editor,
+            [square[1]],
+            ["make it blue"],
+            text_guidance=7.5,
+            image_guidance=0.5,
+            seed=6,
+            negative="bad",
+            **options,
+        )
+    finally:
+        editor.rows = 1
+    middle = np.asarray(mixed[1])
+    np.testing.assert_array_equal(middle, np.asarray(others[1]))
+    assert np.abs(middle.astype(int) - np.asarray(alone[0]).astype(int)).max() <= 1
+    assert np.abs(middle.astype(int) - np.asarray(mixed[0]).astype(int)).max() > 10
+
+
+def test_batch_over_devices(tiny_ip2p, editor):
+    """Five pictures on eight devices: the padding does not leak, and one device gives the same."""
+    images = [photo("astronaut").rotate(90 * i) for i in range(5)]
+    instructions = [f"edit number {i}" for i in range(5)]
+    spread = Editor.from_pretrained(str(tiny_ip2p))
+    spread = Editor(spread_model(tiny_ip2p), devices=jax.devices())
+    options = dict(steps=2, sampler="ddim", seed=[1, 2, 3, 4, 5])
+    many = spread(images, instructions, **options)
+    single = editor(images, instructions, **options)
+    assert len(many) == 5
+    for x, y in zip(many, single, strict=True):
+        assert np.abs(np.asarray(x).astype(int) - np.asarray(y).astype(int)).max() <= 1
+
+
+def spread_model(folder):
+    from ip2p_jax.weights.load import load
+
+    return load(str(folder))
+
+
+def test_one_program_per_shape_steps_and_sampler(editor):
+    """Other pictures, texts, seeds and scales do not compile again."""
+    image = photo("astronaut")
+    editor(image, "one", steps=4, sampler="ddim")
+    program = editor.program("ddim")
+    before = program._cache_size()
+    editor(photo("rocket").resize(image.size), "two", steps=4, sampler="ddim", seed=9)
+    editor(image, "three", steps=4, sampler="ddim", text_guidance=-1.0, image_guidance=0.0)
+    assert program._cache_size() == before
+    editor(image, "one", steps=5, sampler="ddim")
+    assert program._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -2.5])
+def test_guidance_of_any_size(editor, scale):
+    """s_T and s_I of 0, 1 and below give finite pictures; with 1 and 1 the negative has no say."""
+    image = photo("astronaut")
+    options = dict(steps=4, sampler="ddim", text_guidance=scale, image_guidance=scale)
+    [plain] = editor(image, "make it red", **options)
+    [negative] = editor(image, "make it red", negative="something else entirely", **options)
+    difference = np.abs(np.asarray(plain).astype(int) - np.asarray(negative).astype(int)).max()
+    assert (difference <= 1) == (scale == 1.0)
+
+
+def test_empty_instruction_returns_the_resized_input(editor):
+    image = Image.fromarray(skimage.data.coffee())
+    [same] = editor(image, "  ", resolution=64)
+    np.testing.assert_array_equal(np.asarray(same), np.asarray(photo("coffee")))
+
+
+def test_own_size_is_rounded_down(editor):
+    [edited] = editor(photo("astronaut").resize((71, 50)), "x", steps=1, sampler="ddim")
+    assert edited.size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(sampler="plms"), "plms"),
+        (dict(steps=-1), "-1"),
+        (dict(steps=1001), "1001"),
+        (dict(text_guidance=float("nan")), "text_guidance"),
+        (dict(image_guidance=[1.0, 2.0]), "image_guidance: 2 values for 1 pictures"),
+        (dict(seed=-1), "seed: -1"),
+        (dict(negative=3), "negative: 3"),
+        (dict(latents=np.zeros((1, 3, 3, 4), np.float32)), "latents"),
+        (dict(resolution=4), "4 x 4"),
+    ],
+)
+def test_bad_arguments(editor, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        editor(photo("astronaut"), "x", **{"steps": 1, "sampler": "ddim", **arguments})
+
+
+def test_model_without_image_channels_is_refused(tiny_sd):
+    with pytest.raises(ValueError, match="conv_in.weight takes 4 channels"):
+        Editor.from_pretrained(str(tiny_sd))
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_full_size_edit_equals_diffusers(full_ip2p):
+    """SD 1.5's shape, 256 px, ddim, 4 steps: final latents within 1e-3."""
+    image = photo("astronaut", 256, 64)
+    start = noise(image, factor=8)
+    theirs = Theirs(full_ip2p)
+    latents, picture = theirs(image, start, steps=4)
+    other, _ = theirs(image, start, steps=4, s_i=1.6)
+    del theirs
+    our_latents, our_picture = ours(
+        Editor.from_pretrained(str(full_ip2p)), image, start, steps=4
+    )
+    assert relative(our_latents, latents) < 1e-3
+    assert psnr(our_picture, picture) > PSNR
+    assert relative(our_latents, other) > 1e-3
