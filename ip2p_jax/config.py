@@ -98,7 +98,7 @@ class Log:
 
 @dataclass
 class Config:
-    """A training run. Defaults are the paper's recipe: 10,000 optimizer steps of 4 micro-batches."""
+    """A training run. The defaults are the paper's: 10,000 optimizer steps of 4 micro-batches."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

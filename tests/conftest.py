@@ -13,6 +13,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".c
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The default tests spend their time compiling, so they do it quickly; slow ones do it well."""
+    if "slow" not in config.option.markexpr or "not slow" in config.option.markexpr:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

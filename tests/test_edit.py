@@ -485,16 +485,16 @@ def test_models_that_cannot_edit(model, tiny_sd, folder, capsys):
     assert set(folder.iterdir()) == before
 
 
-def test_a_picture_too_long(command, folder, capsys):
-    """Known only with the model: alone it is an error, among several a failure."""
+def test_pictures_that_cannot_be_edited(command, folder, capsys):
+    """A size is refused by the model: alone it is an error, among several a failure."""
     Image.new("RGB", (600, 10)).save("long.png")
     args = ("--instruction", "", "--output", "out/")
     words = "long.png: a picture of 600x10 would be edited at 960x16, a side over 4 x 64: crop it"
     assert command("--input", "long.png", *args) == 2
     assert f"\nerror: {words}\n" in capsys.readouterr().err
     assert not (folder / "out").exists()
-    assert command("--input", "long.png", "in.png", *args) == 1
-    assert f"\nfailed: {words}\n" in capsys.readouterr().err
+    assert command("--input", "long.png", "none.png", "in.png", *args) == 1
+    assert capsys.readouterr().err.endswith(f"\nfailed: {words}\nfailed: none.png is not there\n")
     assert [x.name for x in (folder / "out").iterdir()] == ["in.png"]
 
 

@@ -76,7 +76,7 @@ class Conv(nnx.Module):
 def convolve_patches(
     x: Float[Array, "b h w c"], kernel: Float[Array, "i j c o"]
 ) -> Float[Array, "b h w o"]:
-    """A convolution without stride as one product of patches: faster on the CPU for few positions."""
+    """A convolution without stride as a product of patches: faster on the CPU at few positions."""
     _, h, w, _ = x.shape
     rows, columns = kernel.shape[:2]
     padding = [(0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)]

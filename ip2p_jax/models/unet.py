@@ -151,9 +151,7 @@ class UNet(nnx.Module):
             if i < last:
                 resample = Downsample(width, padding=(1, 1), dtype=dtype, rngs=rngs)
             name = f"down_blocks.{i}"
-            down.append(
-                Block(cfg, i, c_ins, name=name, resample=resample, dtype=dtype, rngs=rngs)
-            )
+            down.append(Block(cfg, i, c_ins, name=name, resample=resample, dtype=dtype, rngs=rngs))
             skips += [width] * (n + (i < last))
         self.down_blocks = nnx.List(down)
 
