@@ -67,7 +67,7 @@ class Editor:
         pretrained: Pretrained,
         *,
         dtype: DTypeLike | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         rows: int | None = None,
     ):
         config = pretrained.config

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers shared by the networks. Statistics of norms are float32 whatever the compute type."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from ip2p_jax.types import Params
 
 
 def abstract(
-    network: type[nnx.Module], cfg: Any, *, dtype: DTypeLike = jnp.float32
+    network: Callable[..., nnx.Module], cfg: Any, *, dtype: DTypeLike = jnp.float32
 ) -> tuple[Any, Params]:
     """Returns (graphdef, parameters as ShapeDtypeStructs) of `network(cfg)`; allocates nothing.
 
@@ -23,7 +24,8 @@ def abstract(
 
     def build() -> nnx.Module:
         rngs, key = nnx.Rngs(0), jax.random.key(0)
-        rngs.params = lambda: key  # counting keys under a trace would cost seconds
+        # Counting keys under a trace would cost seconds.
+        rngs.params = lambda: key  # pyright: ignore[reportAttributeAccessIssue]
         return network(cfg, dtype=dtype, rngs=rngs)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
