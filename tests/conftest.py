@@ -49,3 +49,14 @@ def full_ip2p(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = full_folder(tmp_path_factory.mktemp("full_ip2p"))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 prompts of 4 pairs: 36 in train (3 shards), 2 in validation, 2 in test."""
+    from data_gen.pack import pack
+    from tests.data.released import write_released
+
+    folder = tmp_path_factory.mktemp("data")
+    pack([write_released(folder / "released", 40)], folder / "packed", shard_size=15)
+    return folder / "packed"

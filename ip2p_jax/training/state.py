@@ -73,8 +73,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, decay_bound: float) 
         ema: Any = optax.incremental_update(params, state.ema, 1 - decay)
         metrics = {
             "loss": mean(value),
-            "grad_norm": mean(optax.global_norm(grads)),
-            "param_norm": mean(optax.global_norm(params)),
+            "grad_norm": mean(optax.tree.norm(grads)),
+            "param_norm": mean(optax.tree.norm(params)),
             **metrics,
         }
         return TrainState(state.step + 1, params, ema, opt_state), metrics

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: eight devices compute what one does, however the state is split over them."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from ip2p_jax.config import Mesh, Optim
+from ip2p_jax.training import mesh
+from ip2p_jax.training.optim import make_optimizer
+from ip2p_jax.training.state import abstract_state, init_state, jit_step, make_step
+from tests.training.tiny import KEY, batch, grid, put, tiny_task
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "spec"),
+    [
+        ((3, 3, 64, 128), 8, (None, None, None, "fsdp")),
+        ((3, 3, 128, 64), 8, (None, None, "fsdp", None)),
+        ((256, 256), 8, (None, "fsdp")),
+        ((1024, 36), 8, ("fsdp", None)),
+        ((16, 16), 8, ()),  # small
+        ((1001, 333), 8, ()),  # no axis is divisible
+        ((256, 256), 1, ()),
+        ((), 8, ()),
+    ],
+)
+def test_rule(shape, fsdp, spec):
+    assert mesh.fsdp_spec(shape, fsdp) == PartitionSpec(*spec)
+
+
+def test_mesh_takes_what_the_other_axis_leaves():
+    assert mesh.make_mesh(Mesh()).shape == {"data": 1, "fsdp": 8}
+    assert mesh.make_mesh(Mesh(data=-1, fsdp=2)).shape == {"data": 4, "fsdp": 2}
+    for cfg in (Mesh(3, -1), Mesh(8, 2), Mesh(1, 1), Mesh(0, -1), Mesh(-1, 16)):
+        with pytest.raises(ValueError, match=r"config.mesh.data=.* != 8 devices"):
+            mesh.make_mesh(cfg)
+
+
+def run(task, devices, steps: int = 2):
+    """Losses, parameters, and the sharding of every parameter, after some steps."""
+    optim = Optim(lr=1e-3, accumulate=1)
+    tx = make_optimizer(optim)
+    shardings = mesh.state_shardings(devices, abstract_state(*task.start, tx))
+    step = make_step(task.loss, tx, optim.ema_decay)
+    step = jit_step(step, shardings, mesh.replicated(devices))
+    state = init_state(*task.start, tx, shardings)
+    frozen, key, losses = put(devices, task.frozen), put(devices, KEY), []
+    for i in range(steps):
+        state, metrics = step(state, frozen, mesh.put_batch(devices, batch(seed=i)), key)
+        losses.append(float(metrics["loss"][0]))
+    kept = jax.tree.map(lambda x, want: x.sharding == want, state.params, shardings.params)
+    assert all(jax.tree.leaves(kept))
+    split = [x.sharding.spec for x in jax.tree.leaves(state.params)]
+    return np.array(losses), jax.device_get(state.ema), split
+
+
+@pytest.fixture(scope="module")
+def task():
+    return tiny_task()
+
+
+@pytest.fixture(scope="module")
+def alone(task):
+    return run(task, grid(1, 1))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8)])
+def test_devices_agree(task, alone, data, fsdp):
+    losses, ema, _ = alone
+    got, got_ema, split = run(task, grid(data, fsdp))
+    np.testing.assert_allclose(got, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got_ema, ema)
+    assert any("fsdp" in spec for spec in split) == (fsdp > 1)
+    # control: had the devices other draws, the loss would be another
+    assert abs(losses[0] - losses[1]) > 1e-3

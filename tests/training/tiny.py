@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The editor of configs/tiny_cpu.py with random weights, and a state small enough to read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from configs.tiny_cpu import get_config
+from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
+from ip2p_jax.models.clip import CLIPText
+from ip2p_jax.models.presets import TINY
+from ip2p_jax.models.unet import UNet
+from ip2p_jax.models.vae import VAE
+from ip2p_jax.training import mesh
+from ip2p_jax.training.state import mean
+from ip2p_jax.training.tasks import Task, edit_task, scratch
+from ip2p_jax.types import Batch
+
+KEY = jax.random.key(0)
+
+
+def tiny_task() -> Task:
+    """Trains UNet and text tower; the VAE is frozen and random."""
+    dims = get_config().model.dims.widened()
+    vae = nnx.to_pure_dict(nnx.state(VAE(TINY.vae, rngs=nnx.Rngs(1))))
+    return edit_task(
+        type(dims)(dims.unet, TINY.vae, dims.text),
+        scratch(KEY, unet=(UNet, dims.unet), text=(CLIPText, dims.text)),
+        {"vae": jax.tree.map(np.asarray, vae)},
+        np.full(77, 2, np.int32),
+        schedule=STABLE_DIFFUSION,
+        drop_rate=0.05,
+        sample_steps=2,
+        dtype=jnp.float32,
+    )
+
+
+def batch(rows: int = 8, seed: int = 0, size: int = 16) -> Batch:
+    """Noise for pictures, random tokens."""
+    rng = np.random.default_rng(seed)
+    pictures = rng.integers(0, 256, (2, rows, size, size, 3), np.uint8)
+    return Batch(*pictures, rng.integers(0, 1024, (rows, 77), np.int32))
+
+
+def grid(data: int, fsdp: int) -> jax.sharding.Mesh:
+    """A mesh of as many of the fake devices as it needs."""
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axes, devices=devices)
+
+
+def toy_params() -> dict:
+    """One array that "fsdp" splits and one that it does not."""
+    rng = np.random.default_rng(0)
+    return {
+        "w": rng.normal(size=(128, 256)).astype(np.float32) / 16,
+        "b": rng.normal(size=256).astype(np.float32),
+    }
+
+
+def toy_loss(params, frozen, batch, keys):
+    """Scores a linear map of the first pixels; each row adds a number of its own."""
+    x = batch.input.reshape(len(keys), -1)[:, :128].astype(jnp.float32) / 255
+    own = jax.vmap(jax.random.normal)(keys)
+    y = x @ params["w"] + params["b"][None] * frozen["gain"] + own[:, None]
+    return jnp.mean(y**2), {"own": mean(jnp.mean(own))}
+
+
+def put(devices: jax.sharding.Mesh, tree):
+    return jax.device_put(tree, mesh.replicated(devices))
