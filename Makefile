@@ -25,6 +25,7 @@ lint: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/shellcheck .ci/run
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

@@ -13,7 +13,7 @@ def get_config() -> Config:
         model=Model(base="photos", train_text=True),
         data=Data(path="quickstart/photos", batch_size=8, resolution=64, threads=1),
         optim=Optim(lr=1e-4, accumulate=1, ema_decay=0.999),
-        mesh=Mesh(data=1, fsdp=1),
+        mesh=Mesh(data=-1, fsdp=1),
         checkpoint=Checkpoint(every=20),
         log=Log(every=5, samples_every=40, samples=4),
         steps=40,

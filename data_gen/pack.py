@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.progress import Progress
 
 from data_gen.sources import Folder, Parquet, Refusal, open_source
-from ip2p_jax.cli import atomic_path, one_line_errors
+from ip2p_jax.cli import Parser, atomic_path, one_line_errors
 from ip2p_jax.data.manifest import MANIFEST, Shard, measure, save_manifest, verify
 from ip2p_jax.data.pairs import SPLITS, Pairs, serialize
 
@@ -239,7 +239,7 @@ def parse_columns(text: str) -> dict[str, str]:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_gen.pack",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from data_gen.edits import EDITS
-from ip2p_jax.cli import one_line_errors
+from ip2p_jax.cli import Parser, one_line_errors
 from ip2p_jax.data.files import atomic_folder
 
 END_OF_WORD = "</w>"
@@ -56,9 +56,7 @@ def learn(texts: Sequence[str], size: int) -> CLIPTokenizer:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Learns from the training wordings of `data_gen.edits` and writes the folder in one rename."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="new folder to write")
     parser.add_argument("--size", type=int, default=1024, help="most entries (default 1024)")
     args = parser.parse_args(argv)

@@ -12,16 +12,14 @@ from pathlib import Path
 from rich.progress import Progress
 
 from data_gen.photos import write_pairs
-from ip2p_jax.cli import one_line_errors
+from ip2p_jax.cli import Parser, one_line_errors
 from ip2p_jax.data.files import atomic_folder
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Writes the released folder layout (seeds.json, one folder a prompt) in one rename."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="new folder to write")
     parser.add_argument("--count", type=int, default=20_000, help="pairs (default 20000)")
     parser.add_argument("--size", type=int, default=64, help="side of the crops in px (default 64)")

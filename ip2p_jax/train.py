@@ -39,10 +39,10 @@ def train(cfg: config.Config, workdir: str, override: list[str], distributed: bo
     """Runs `cfg` in `workdir` from its newest checkpoint, or from the start, to its last step."""
     devices = mesh.make_mesh(cfg.mesh)
     everywhere = mesh.replicated(devices)
-    checkpoint.check_config(workdir, cfg, override)
     with checkpoint.open_manager(workdir, cfg.checkpoint) as manager:
         stop = watch_sigterm(manager, distributed)
         fresh = manager.latest_step() is None
+        checkpoint.check_config(workdir, cfg, override, fresh)
 
         # What is trained: shapes -> shardings -> arrays.
         task, tokenizer, finish = runs.prepare(cfg, workdir, fresh)

@@ -120,7 +120,7 @@ def make_loader(
         grain.MapDataset.source(source.prompts)
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(2**40 // len(source.prompts))  # longer than any run, and still a length
         .random_map(functools.partial(_draw, source=source, cfg=cfg))
         .batch(cfg.batch_size // host_count, batch_fn=_stack)
     )

@@ -54,7 +54,7 @@ def attend_by_head(
 
     def one_head(qkv):
         q, k, v = qkv
-        score = (q @ k).astype(jnp.float32) * d**-0.5
+        score = jnp.matmul(q, k, preferred_element_type=jnp.float32) * d**-0.5
         highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
         weight = jnp.exp(score - highest)
         total = jnp.sum(weight, axis=-1, keepdims=True)

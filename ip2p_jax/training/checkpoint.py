@@ -83,15 +83,15 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_config(workdir: str, cfg: config.Config, override: list[str]) -> None:
-    """Compares `cfg` with the run's stored configuration, then stores `cfg`.
+def check_config(workdir: str, cfg: config.Config, override: list[str], fresh: bool) -> None:
+    """Compares `cfg` with the run's stored configuration, unless it is `fresh`, then stores `cfg`.
 
     Raises ValueError naming the first key that differs, unless it is in `override` or free to
-    change (`FREE`).
+    change (`FREE`). A fresh run has no checkpoint yet, so there is nothing to be true to.
     """
     path = epath.Path(workdir) / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    if path.exists():
+    if path.exists() and not fresh:
         stored, wanted = flatten(json.loads(path.read_text())), flatten(new)
         for name in sorted(stored.keys() | wanted.keys()):
             was, now = stored.get(name), wanted.get(name)

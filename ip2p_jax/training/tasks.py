@@ -134,7 +134,8 @@ def edit_task(
     """
     nets = graphs(config, dtype)
     if "text" in frozen:
-        null_text = jax.jit(nnx.merge(nets.text, frozen["text"]))(null_tokens[None])[0]
+        tower = jax.jit(lambda params, tokens: nnx.merge(nets.text, params)(tokens))
+        null_text = tower(frozen["text"], null_tokens[None])[0]
         frozen = frozen | {"null_text": np.asarray(null_text, np.float32)}
         encode = frozen_text(nets.text)
     else:

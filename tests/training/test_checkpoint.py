@@ -49,21 +49,28 @@ def test_flatten():
     [("data.batch_size", 8), ("optim.lr", 1.0), ("data.path", "x"), ("seed", 1), ("dtype", "auto")],
 )
 def test_other_values_are_refused_by_name(tmp_path, key, value):
-    checkpoint.check_config(str(tmp_path), Config(dtype="float32"), [])
+    checkpoint.check_config(str(tmp_path), Config(dtype="float32"), [], False)
     stored = (tmp_path / "config.json").read_text()
     cfg = Config(dtype="float32")
     *parts, last = key.split(".")
     setattr(getattr(cfg, parts[0]) if parts else cfg, last, value)
     with pytest.raises(ValueError, match=f"^config.{key}: .*--override={key} to go on"):
-        checkpoint.check_config(str(tmp_path), cfg, ["optim.eps"])
+        checkpoint.check_config(str(tmp_path), cfg, ["optim.eps"], False)
     assert (tmp_path / "config.json").read_text() == stored
-    checkpoint.check_config(str(tmp_path), cfg, [key])
+    checkpoint.check_config(str(tmp_path), cfg, [key], False)
     checkpoint.check_config(str(tmp_path), cfg, [])  # stored now
 
 
 def test_what_computes_nothing_may_change(tmp_path):
-    checkpoint.check_config(str(tmp_path), Config(), [])
+    checkpoint.check_config(str(tmp_path), Config(), [], False)
     cfg = Config(steps=5)
     cfg.mesh.fsdp, cfg.log.every, cfg.checkpoint.keep = 2, 7, 9
-    checkpoint.check_config(str(tmp_path), cfg, [])
+    checkpoint.check_config(str(tmp_path), cfg, [], False)
     assert json.loads((tmp_path / "config.json").read_text())["log"]["every"] == 7
+
+
+def test_nothing_to_be_true_to_before_the_first_checkpoint(tmp_path):
+    """A first command with a mistake in it can be put right."""
+    for seed in (1, 2):
+        checkpoint.check_config(str(tmp_path), Config(seed=seed), [], True)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2

@@ -12,8 +12,8 @@ from PIL import Image
 from ip2p_jax.training import logs
 
 
-def metrics(loss: float, **others) -> dict:
-    named = {"loss": loss, "grad_norm": 1.0, "param_norm": 2.0}
+def metrics(value: float, **others) -> dict:
+    named = {"loss": value, "grad_norm": 1.0, "param_norm": 2.0}
     return {n: jnp.array([x, 1.0]) for n, x in named.items()} | others
 
 

@@ -39,8 +39,11 @@ def test_mesh_takes_what_the_other_axis_leaves():
 
 
 def run(task, devices, steps: int = 2):
-    """Losses, parameters, and the sharding of every parameter, after some steps."""
-    optim = Optim(lr=1e-3, accumulate=1)
+    """Losses, EMA, and the sharding of every parameter, after some steps.
+
+    A large eps: else a gradient of almost 0 decides by its last bits where a parameter goes.
+    """
+    optim = Optim(lr=1e-2, eps=1e-2, accumulate=1)
     tx = make_optimizer(optim)
     shardings = mesh.state_shardings(devices, abstract_state(*task.start, tx))
     step = make_step(task.loss, tx, optim.ema_decay)
@@ -66,12 +69,19 @@ def alone(task):
     return run(task, grid(1, 1))
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp"), [(2, 4), pytest.param(8, 1, marks=SLOW), pytest.param(1, 8, marks=SLOW)]
+)
 def test_devices_agree(task, alone, data, fsdp):
     losses, ema, _ = alone
     got, got_ema, split = run(task, grid(data, fsdp))
     np.testing.assert_allclose(got, losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got_ema, ema)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got_ema, ema)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), ema, *task.start.args)
+    assert max(jax.tree.leaves(moved)) > 1e-3
     assert any("fsdp" in spec for spec in split) == (fsdp > 1)
     # control: had the devices other draws, the loss would be another
     assert abs(losses[0] - losses[1]) > 1e-3

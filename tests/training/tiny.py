@@ -1,33 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """The editor of configs/tiny_cpu.py with random weights, and a state small enough to read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from configs.tiny_cpu import get_config
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.models.clip import CLIPText
-from ip2p_jax.models.presets import TINY
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.models.presets import VAEConfig
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
 from ip2p_jax.training import mesh
 from ip2p_jax.training.state import mean
-from ip2p_jax.training.tasks import Task, edit_task, scratch
+from ip2p_jax.training.tasks import Task, edit_task, given
 from ip2p_jax.types import Batch
 
 KEY = jax.random.key(0)
 
 
+VAE_SMALL = VAEConfig(channels=(16, 32), layers_per_block=1, norm_groups=8, sample_size=16)
+
+
+def filled(network, cfg, seed: int) -> dict:
+    """Random parameters of a network, made without compiling anything."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, x):
+        values = rng.normal(size=x.shape) / max(np.prod(x.shape[:-1]), 1) ** 0.5
+        return (values + (path[-1].key == "scale")).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract(network, cfg)[1])
+
+
 def tiny_task() -> Task:
     """Trains UNet and text tower; the VAE is frozen and random."""
-    dims = get_config().model.dims.widened()
-    vae = nnx.to_pure_dict(nnx.state(VAE(TINY.vae, rngs=nnx.Rngs(1))))
+    dims = dataclasses.replace(get_config().model.dims.widened(), vae=VAE_SMALL)
+    trained = {"unet": filled(UNet, dims.unet, 0), "text": filled(CLIPText, dims.text, 1)}
     return edit_task(
-        type(dims)(dims.unet, TINY.vae, dims.text),
-        scratch(KEY, unet=(UNet, dims.unet), text=(CLIPText, dims.text)),
-        {"vae": jax.tree.map(np.asarray, vae)},
+        dims,
+        given(trained),
+        {"vae": filled(VAE, VAE_SMALL, 2)},
         np.full(77, 2, np.int32),
         schedule=STABLE_DIFFUSION,
         drop_rate=0.05,

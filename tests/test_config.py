@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: the defaults are the paper's; wrong options are one line; --help shows the whole tree."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ip2p_jax import config, train
+from ip2p_jax.config import Config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = CONFIGS / "tiny_cpu.py"
+
+
+def parse(*more: str, file: Path = TINY) -> Config:
+    command = config.parse([f"--config={file}", "--workdir=w", *more])
+    assert command is not None
+    return command.config
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("[a-z]*.py")), ids=lambda x: x.stem)
+def test_every_file_is_a_config(file):
+    assert isinstance(parse(file=file), Config)
+
+
+def test_the_papers_recipe():
+    cfg = parse(file=CONFIGS / "tpu_v4.py")
+    assert cfg.data.batch_size * cfg.optim.accumulate == 1024
+    assert cfg.steps == 10_000 * cfg.optim.accumulate
+    assert (cfg.optim.b1, cfg.optim.b2, cfg.optim.eps) == (0.9, 0.999, 1e-8)
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.warmup) == (1e-4, 0.01, 0)
+    assert (cfg.optim.ema_decay, cfg.objective.drop_rate) == (0.9999, 0.05)
+    assert (cfg.data.resolution, cfg.data.flip, cfg.dtype) == (256, 0.5, "auto")
+    assert (cfg.optim, cfg.objective, cfg.steps) == (Config().optim, Config().objective, 40_000)
+
+
+def test_command_line():
+    more = ["--config.optim.lr=3e-5", "--override=optim.lr", "--override=seed", "--distributed"]
+    command = config.parse([f"--config={TINY}", "--workdir=w", *more])
+    assert command is not None
+    assert command[1:] == ("w", ["optim.lr", "seed"], True)
+    assert command.config.optim.lr == 3e-5 and parse().optim.lr == 1e-3
+    assert parse("--config.model.train_text=False").model.train_text is False
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--config.optim.speed=1"], "speed"),
+        (["--config.optim=1"], "optim"),
+        (["--config.steps=many"], "many"),
+        (["--config.optim.lr=fast"], "fast"),
+        (["--config.steps=0"], "config.steps is 0, expected 1 or more"),
+        (["--config.optim.accumulate=0"], "config.optim.accumulate is 0"),
+        (["--config.objective.drop_rate=0.4"], "config.objective.drop_rate is 0.4"),
+        (["--config.objective.kind=gan"], "'gan', expected one of edit, vae"),
+        (["--config.dtype=float16"], "expected one of auto, float32, bfloat16"),
+        (["--speed=1"], "speed"),
+        (["again"], "again: expected options only"),
+    ],
+)
+def test_wrong_options(more, line, capsys, tmp_path):
+    assert train.main([f"--config={TINY}", f"--workdir={tmp_path / 'w'}", *more]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([], "--config FILE and --workdir DIR are needed"),
+        (["--config={config}"], "--config FILE and --workdir DIR are needed"),
+        (["--workdir={tmp}"], "--config FILE and --workdir DIR are needed"),
+        (["--config={tmp}/none.py", "--workdir={tmp}"], "none.py"),
+        (["--config={tmp}/other.py", "--workdir={tmp}"], "must return an ip2p_jax.config.Config"),
+        (["--config={tmp}/no.py", "--workdir={tmp}"], "get_config"),
+    ],
+)
+def test_wrong_files(args, line, capsys, tmp_path):
+    (tmp_path / "other.py").write_text("def get_config():\n    return {'a': 1}\n")
+    (tmp_path / "no.py").write_text("a = 1\n")
+    assert train.main([arg.format(config=TINY, tmp=tmp_path) for arg in args]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+
+
+def test_help(capsys):
+    assert train.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--config.optim.lr=0.0001\n" in out and "--override=KEY" in out
+
+    def leaves(tree) -> int:
+        values = [getattr(tree, x.name) for x in dataclasses.fields(tree)]
+        return sum(leaves(x) if dataclasses.is_dataclass(x) else 1 for x in values)
+
+    assert out.count("  --config.") >= leaves(Config())
