@@ -19,7 +19,7 @@ test-slow: .venv/.test
 	$(BIN)/pytest -m slow
 
 soak: .venv/.test
-	IP2P_KILLS=25 $(BIN)/pytest tests/test_train.py tests/test_edit.py -k kill
+	IP2P_KILLS=25 $(BIN)/pytest -k kill
 
 lint: .venv/.test
 	$(BIN)/ruff check

@@ -24,12 +24,13 @@ def get_config() -> Config:
         model=Model(
             base="",
             dims=ModelConfig(unet=unet, text=text),
+            prediction="v_prediction",  # at high noise, colours need z0 itself to be right
             vae="runs/vae",
             tokenizer="data/tokenizer",
             train_text=True,
         ),
         data=Data(path="data/photos", batch_size=16, resolution=64, threads=1),
-        optim=Optim(lr=5e-4, warmup=200, accumulate=1, ema_decay=0.999),
+        optim=Optim(lr=8e-4, warmup=200, accumulate=1, ema_decay=0.999),
         mesh=Mesh(data=-1, fsdp=1),
         checkpoint=Checkpoint(every=500),
         log=Log(every=50, samples_every=500),

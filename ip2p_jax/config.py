@@ -42,6 +42,7 @@ class Model:
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # model to start from; "": scratch
     dims: ModelConfig = field(default_factory=ModelConfig)  # dimensions of a start from scratch
+    prediction: str = "epsilon"  # what a start from scratch predicts: epsilon or v_prediction
     vae: str = ""  # model or VAE run whose frozen VAE is used; "": that of `base`
     tokenizer: str = ""  # folder with vocab.json and merges.txt; "": that of `base`
     train_text: bool = False  # train the text tower with the UNet (small models only)
@@ -181,6 +182,7 @@ def check(cfg: Config) -> None:
         )
     for name, value, allowed in (
         ("objective.kind", cfg.objective.kind, ("edit", "vae")),
+        ("model.prediction", cfg.model.prediction, ("epsilon", "v_prediction")),
         ("dtype", cfg.dtype, ("auto", "float32", "bfloat16")),
     ):
         if value not in allowed:

@@ -38,6 +38,11 @@ def watch_sigterm(manager: ocp.CheckpointManager, distributed: bool) -> Callable
 def train(cfg: config.Config, workdir: str, override: list[str], distributed: bool) -> None:
     """Runs `cfg` in `workdir` from its newest checkpoint, or from the start, to its last step."""
     devices = mesh.make_mesh(cfg.mesh)
+    if cfg.data.batch_size % devices.size:
+        raise ValueError(
+            f"config.data.batch_size is {cfg.data.batch_size}, expected a multiple of the "
+            f"{devices.size} devices"
+        )
     everywhere = mesh.replicated(devices)
     with checkpoint.open_manager(workdir, cfg.checkpoint) as manager:
         stop = watch_sigterm(manager, distributed)

@@ -26,6 +26,7 @@ from ip2p_jax.weights import configs
 from ip2p_jax.weights.hub import ASSETS, copy_tree, fetch
 from ip2p_jax.weights.load import (
     PARTS,
+    V_PREDICTION,
     Pretrained,
     abstract_part,
     check_fit,
@@ -130,7 +131,9 @@ def from_dims(model: config.Model) -> Pretrained:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Pretrained(dataclasses.replace(model.dims, text=text), {}, tokenizer, None, Names())
+    scheduler = V_PREDICTION if model.prediction == "v_prediction" else None
+    sizes = dataclasses.replace(model.dims, text=text)
+    return Pretrained(sizes, {}, tokenizer, scheduler, Names())
 
 
 def own_scheduler(scheduler: dict | None) -> dict | None:

@@ -50,7 +50,7 @@ class Task(NamedTuple):
     sample: Sample
 
 
-def pixels(x: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+def pixels(x: UInt8[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
     """uint8 in 0..255 to float32 in [-1, 1]."""
     return x.astype(jnp.float32) / 127.5 - 1.0
 

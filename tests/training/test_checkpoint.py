@@ -58,7 +58,7 @@ def test_other_values_are_refused_by_name(tmp_path, key, value):
         checkpoint.check_config(str(tmp_path), cfg, ["optim.eps"], False)
     assert (tmp_path / "config.json").read_text() == stored
     checkpoint.check_config(str(tmp_path), cfg, [key], False)
-    checkpoint.check_config(str(tmp_path), cfg, [])  # stored now
+    checkpoint.check_config(str(tmp_path), cfg, [], False)  # stored now
 
 
 def test_what_computes_nothing_may_change(tmp_path):

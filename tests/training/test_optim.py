@@ -105,7 +105,9 @@ def test_ema_is_the_released_codes(bound):
     tx = make_optimizer(cfg)
 
     def loss(params, frozen, batch, keys):
-        return sum(jnp.sum(g * p) for g, p in zip(frozen.values(), params.values(), strict=True)), {}
+        return sum(
+            jnp.sum(g * p) for g, p in zip(frozen.values(), params.values(), strict=True)
+        ), {}
 
     step = jax.jit(make_step(loss, tx, cfg.ema_decay))
     state = begin({n: jnp.asarray(x) for n, x in sorted(START.items())}, tx)

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The editor of configs/tiny_cpu.py with random weights, and a state small enough to read."""
-
-import dataclasses
+"""An editor of one level with random weights, and a state small enough to read."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.tiny_cpu import get_config
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.models.clip import CLIPText
 from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.presets import VAEConfig
+from ip2p_jax.models.presets import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
 from ip2p_jax.training import mesh
@@ -38,7 +35,16 @@ def filled(network, cfg, seed: int) -> dict:
 
 def tiny_task() -> Task:
     """Trains UNet and text tower; the VAE is frozen and random."""
-    dims = dataclasses.replace(get_config().model.dims.widened(), vae=VAE_SMALL)
+    unet = UNetConfig(
+        channels=(32,),
+        attention=(True,),
+        heads=(2,),
+        layers_per_block=1,
+        context_dim=32,
+        norm_groups=8,
+    )
+    text = TextConfig(vocab_size=1024, width=32, layers=1, heads=2, mlp_width=64)
+    dims = ModelConfig(unet, VAE_SMALL, text).widened()
     trained = {"unet": filled(UNet, dims.unet, 0), "text": filled(CLIPText, dims.text, 1)}
     return edit_task(
         dims,
@@ -56,7 +62,7 @@ def batch(rows: int = 8, seed: int = 0, size: int = 16) -> Batch:
     """Noise for pictures, random tokens."""
     rng = np.random.default_rng(seed)
     pictures = rng.integers(0, 256, (2, rows, size, size, 3), np.uint8)
-    return Batch(*pictures, rng.integers(0, 1024, (rows, 77), np.int32))
+    return Batch(pictures[0], pictures[1], rng.integers(0, 1024, (rows, 77), np.int32))
 
 
 def grid(data: int, fsdp: int) -> jax.sharding.Mesh:
