@@ -55,7 +55,7 @@ def train(cfg: config.Config, workdir: str, override: list[str], distributed: bo
         shapes = state.abstract_state(*task.start, tx)
         shardings = mesh.state_shardings(devices, shapes)
         frozen = jax.device_put(task.frozen, everywhere)
-        key = jax.device_put(jax.random.key(cfg.seed), everywhere)
+        key = jax.jit(lambda: state.run_keys(cfg.seed)[1], out_shardings=everywhere)()
         step = state.make_step(task.loss, tx, cfg.optim.ema_decay)
         step = state.jit_step(step, shardings, everywhere)
 
@@ -101,7 +101,7 @@ def train(cfg: config.Config, workdir: str, override: list[str], distributed: bo
 
 def sampler(cfg, task, frozen, tokenizer, everywhere) -> Callable[[Params], list[np.ndarray]]:
     """Returns `draw(ema)`: input, result and truth of the run's first pairs, as uint8."""
-    data = dataclasses.replace(cfg.data, batch_size=cfg.log.samples)
+    data = dataclasses.replace(cfg.data, batch_size=cfg.log.samples, workers=0, check_hashes=False)
     fixed = next(make_loader(data, tokenizer, seed=cfg.seed, host_index=0, host_count=1, start=0))
     batch = jax.device_put(fixed, everywhere)
     sample = jax.jit(task.sample, out_shardings=everywhere)

@@ -20,6 +20,7 @@ from ip2p_jax.data.transforms import tokenize
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, from_diffusers
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.training import logs
+from ip2p_jax.training.state import run_keys
 from ip2p_jax.training.tasks import Start, Task, edit_task, given, latent_std, scratch, vae_task
 from ip2p_jax.types import Batch, Params
 from ip2p_jax.weights import configs
@@ -77,7 +78,7 @@ def prepare_edit(cfg: config.Config, workdir: str, fresh: bool) -> Run:
         write_base(workdir, dataclasses.replace(p, params=frozen))
     task = edit_task(
         p.config,
-        start_of(p, trained, fresh, jax.random.key(cfg.seed)),
+        start_of(p, trained, fresh, run_keys(cfg.seed)[0]),
         frozen,
         tokenize(p.tokenizer, [""])[0],
         schedule=STABLE_DIFFUSION if p.scheduler is None else from_diffusers(p.scheduler),
@@ -170,7 +171,7 @@ def prepare_vae(cfg: config.Config, workdir: str, fresh: bool) -> Run:
         sizes,
         kl_weight=cfg.objective.kl_weight,
         dtype=compute_type(cfg),
-        key=jax.random.key(cfg.seed),
+        key=run_keys(cfg.seed)[0],
     )
     finish = functools.partial(write_vae_config, workdir, sizes)
     return Run(task, open_tokenizer(ASSETS / "clip_tokenizer"), finish)

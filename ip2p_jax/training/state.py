@@ -48,6 +48,12 @@ def abstract_state(
     return jax.eval_shape(lambda *args: begin(init(*args), tx), *args)
 
 
+def run_keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """Two keys that share nothing: for the first parameters, and for the steps."""
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    return init_key, step_key
+
+
 def row_keys(key: Key[Array, ""], step: Any, rows: int) -> Key[Array, " b"]:
     """One key for each row of the global batch, whatever devices and hosts hold the rows."""
     key = jax.random.fold_in(key, step)

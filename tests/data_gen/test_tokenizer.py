@@ -26,7 +26,7 @@ def test_reopens_from_either_generation_of_files(folder, tmp_path, files):
 
 
 def test_held_out_wordings_need_no_new_words(folder):
-    """Every word of every instruction is one token, so held-out sentences are made of known ones."""
+    """Every word of every instruction is one token, of the held-out ones too."""
     opened = CLIPTokenizer.from_pretrained(folder)
     for edit in EDITS.values():
         for text in (*edit.wordings, *edit.held_out):
