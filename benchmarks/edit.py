@@ -13,14 +13,13 @@ Python, imports, opening the weights, 10 steps with 3 guidance branches, and wri
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from processes import measure, median, setting
 
 CALLS = 5  # UNet calls in one process, after a first one that is not counted
 STEPS = 10
@@ -147,28 +146,6 @@ def photo(folder: str) -> Path:
     return path
 
 
-def measure(worker: str, folder: str, cache: str) -> dict:
-    """Runs one worker in a process of its own; adds its peak memory."""
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "STARTED": str(time.time()),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, __file__, "--worker", worker, "--folder", folder]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{worker} failed")
-    return {**json.loads(output.splitlines()[-1]), "peak GiB": usage.ru_maxrss / 2**20}
-
-
-def median(runs: list[dict]) -> dict:
-    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-
-
 def report(results: dict[str, list[dict]], runs: int) -> str:
     """The table, in Markdown."""
     m = {name: median(values) for name, values in results.items()}
@@ -181,9 +158,7 @@ def report(results: dict[str, list[dict]], runs: int) -> str:
         )
 
     lines = [
-        f"Median of {runs} processes each, in turn, on {platform.machine()} with "
-        f"{os.cpu_count()} cores; float32; jax {version('jax')}, torch {version('torch')}, "
-        f"diffusers {version('diffusers')}.",
+        setting(runs),
         "",
         "| | ours | diffusers | ratio | peak memory |",
         "|---|---|---|---|---|",
@@ -233,8 +208,9 @@ def main() -> None:
                 ("edit-warm", "edit-ours"),
                 ("edit-theirs", "edit-theirs"),
             ):
-                results.setdefault(name, []).append(measure(worker, folder, cache))
-                print(f"run {i + 1} of {args.runs}: {name} {results[name][-1]}", file=sys.stderr)
+                result = measure(__file__, worker, "--folder", folder, cache=cache)
+                results.setdefault(name, []).append(result)
+                print(f"run {i + 1} of {args.runs}: {name} {result}", file=sys.stderr)
     text = report(results, args.runs)
     Path(args.output).write_text(text)
     print(text)

@@ -34,5 +34,5 @@ def get_config() -> Config:
         mesh=Mesh(data=-1, fsdp=1),
         checkpoint=Checkpoint(every=500),
         log=Log(every=50, samples_every=500),
-        steps=10_000,
+        steps=3500,
     )

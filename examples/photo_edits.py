@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw
@@ -26,9 +25,8 @@ from rich.progress import track
 from data_gen.edits import EDITS
 from data_gen.photos import held_out_crops
 from ip2p_jax.cli import Parser, atomic_path, cache_compilations, one_line_errors
-from ip2p_jax.editor import Editor, to_uint8
-from ip2p_jax.models.layers import abstract
-from ip2p_jax.models.vae import VAE
+from ip2p_jax.editor import Editor
+from ip2p_jax.networks import to_pixels, to_uint8
 from ip2p_jax.weights.load import load
 
 SIX = ("black_and_white", "sepia", "invert", "red_tint", "brighter", "mirror")
@@ -86,14 +84,13 @@ def measure(editor: Editor, count: int, **options) -> tuple[dict[str, Score], di
 
 def reconstruction_error(editor: Editor, pictures: np.ndarray) -> float:
     """Mean squared error in [0, 1] of encoding and decoding, the least an edit can have."""
-    graphdef, _ = abstract(VAE, editor.config.vae)
 
     @jax.jit
     def there_and_back(params, x):
-        vae = nnx.merge(graphdef, params)
-        return to_uint8(vae.decode(vae.encode(x.astype(jnp.float32) / 127.5 - 1).mean))
+        vae = nnx.merge(editor.model.networks.vae, params)
+        return to_uint8(vae.decode(vae.encode(to_pixels(x)).mean))
 
-    back = [there_and_back(editor.params["vae"], x[None])[0] for x in pictures]
+    back = [there_and_back(editor.model.params["vae"], x[None])[0] for x in pictures]
     return float(mse(np.stack(back), pictures).mean())
 
 
@@ -138,10 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="photos", help="as in ip2p_jax.edit (photos)")
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--count", type=int, default=50, help="crops (50)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (20)")
+    parser.add_argument("--steps", type=int, default=15, help="sampling steps (15)")
     parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--text-guidance", type=float, default=3.0)
-    parser.add_argument("--image-guidance", type=float, default=1.5)
+    parser.add_argument("--text-guidance", type=float, default=2.0)
+    parser.add_argument("--image-guidance", type=float, default=1.2)
     args = parser.parse_args(argv)
     cache_compilations()
     editor = Editor(load(args.model), rows=64)

@@ -63,7 +63,8 @@ def edit_photos(output: Path, model: str, name: str, steps: int) -> Path:
                     "output": str(output / name / f"{photo}_{i}.png"),
                     "steps": steps,
                     "sampler": "dpmpp_2m",
-                    "text_guidance": 3.0,
+                    "text_guidance": 2.0,
+                    "image_guidance": 1.2,
                 }
             )
     listed = output / f"{name}.jsonl"
