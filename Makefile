@@ -1,10 +1,11 @@
 # make quickstart   from a fresh clone to edited pictures and a short training run
 # make test         the test suite, under 10 minutes on 2 cores
 # make test-slow    what takes minutes, or needs SD 1.5's full size
-# make soak         the kill tests, many more times
+# make soak         the kill tests, many more times; what they saw is written to docs/soak.md
 
 PYTHON ?= python3
 BIN := .venv/bin
+KILLS ?= 50
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: quickstart test test-slow soak lint clean
@@ -19,7 +20,8 @@ test-slow: .venv/.test
 	$(BIN)/pytest -m slow
 
 soak: .venv/.test
-	IP2P_KILLS=25 $(BIN)/pytest -k kill
+	rm -f docs/soak.md
+	IP2P_KILLS=$(KILLS) IP2P_SOAK=docs/soak.md $(BIN)/pytest -k killed
 
 lint: .venv/.test
 	$(BIN)/ruff check

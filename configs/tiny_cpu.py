@@ -10,13 +10,13 @@ from ip2p_jax.models.presets import ModelConfig, TextConfig, UNetConfig
 
 def get_config() -> Config:
     unet = UNetConfig(
-        channels=(16, 32),
-        attention=(False, True),
-        heads=(2, 2),
+        channels=(32,),
+        attention=(True,),
+        heads=(2,),
         layers_per_block=1,
         context_dim=32,
         norm_groups=8,
-        sample_size=4,
+        sample_size=8,
     )
     text = TextConfig(vocab_size=1024, width=32, layers=1, heads=2, mlp_width=64)
     return Config(
@@ -29,7 +29,7 @@ def get_config() -> Config:
         ),
         data=Data(path="data/photos", batch_size=8, resolution=16, threads=1),
         optim=Optim(lr=1e-3, accumulate=2, warmup=2, ema_decay=0.999),
-        checkpoint=Checkpoint(every=5),
+        checkpoint=Checkpoint(every=10),
         log=Log(every=1, samples_every=0, samples=2, sample_steps=2),
         steps=20,
     )

@@ -3,8 +3,10 @@
 
 python -m data_gen.pack --input FOLDER --output DIR
 python -m data_gen.pack --input FILE.parquet... --output DIR [--columns input=a,...]
+python -m data_gen.pack --verify --output DIR
 
-The same command again goes on where it was stopped. DIR/report.json names what was left out.
+The same command again goes on where it was stopped. DIR/report.json names what was left out,
+DIR/contact_sheet.png shows some pairs. --verify reads all of DIR again: hashes, counts, pictures.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.progress import Progress
 
 from data_gen.sources import Folder, Parquet, Refusal, open_source
+from data_gen.verify import verify as verify_pairs
+from data_gen.verify import write_sheet
 from ip2p_jax.cli import Parser, atomic_path, one_line_errors
 from ip2p_jax.data.manifest import MANIFEST, Shard, measure, save_manifest, verify
 from ip2p_jax.data.pairs import SPLITS, Pairs, serialize
@@ -174,6 +178,7 @@ def _finish(stage: Path, output: Path, jobs: list[Job], max_refused: float) -> s
     save_manifest(stage, builder.manifest)
     shutil.rmtree(stage / "shards")
     (stage / "settings.json").unlink()
+    write_sheet(stage)
     os.replace(stage, output)
     prompts = {s: sum(len(shard.sizes) for _, shard in shards[s]) for s in shards}
     splits = ", ".join(f"{split} {count}" for split, count in prompts.items())
@@ -238,20 +243,29 @@ def parse_columns(text: str) -> dict[str, str]:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Exit codes: 0 all is well, 1 --verify found broken pairs, 2 wrong input."""
     parser = Parser(
         prog="python -m data_gen.pack",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="folder with seeds.json, or parquet")
+    add("--input", type=Path, nargs="+", help="folder with seeds.json, or parquet files")
     add("--output", type=Path, required=True, help="data folder to make")
     add("--columns", help="input=NAME,output=NAME,instruction=NAME[,input_caption=..,...]")
     add("--shard-size", type=int, default=256, help="prompts in a shard (default 256)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    add("--verify", action="store_true", help="check --output instead of making it")
     add("--max-refused", type=float, default=0.1, help="share that may be unusable (default 0.1)")
     args = parser.parse_args(argv)
+    if args.verify == bool(args.input):
+        raise ValueError("expected either --input or --verify")
+    if args.verify:
+        verdict = verify_pairs(args.output)
+        for fault in verdict.faults:
+            print(fault, file=sys.stderr)
+        print(f"{args.output}: {verdict}, {len(verdict.faults)} not right")
+        return 1 if verdict.faults else 0
     for name in ("shard_size", "workers"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")

@@ -6,7 +6,9 @@ deltas on it.
 """
 
 import dataclasses
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,44 +160,59 @@ def parse(argv: list[str]) -> Command | None:
     return Command(cfg, workdir.value, override.value, distributed.value)
 
 
+def one_of(*allowed: str) -> tuple[str, Callable[[str], bool]]:
+    """What is expected of a setting that is one of a few words, and whether one fits."""
+    return f"one of {', '.join(allowed)}", lambda x: x in allowed
+
+
+COUNTS = (
+    "steps optim.accumulate data.batch_size data.resolution data.threads checkpoint.every "
+    "checkpoint.keep log.every log.samples log.sample_steps"
+)
+OFF_AT_0 = "optim.warmup data.resize_min data.resize_max data.workers log.samples_every"
+RULES = (
+    ("1 or more", lambda x: x >= 1, COUNTS),
+    ("0 or more", lambda x: x >= 0, OFF_AT_0),
+    ("a number above 0", lambda x: 0 < x < math.inf, "optim.lr optim.eps"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "optim.weight_decay objective.kl_weight"),
+    ("0 or more, below 1", lambda x: 0 <= x < 1, "optim.b1 optim.b2 optim.ema_decay"),
+    ("0 to 1", lambda x: 0 <= x <= 1, "data.flip"),
+    ("0 to 1/3", lambda x: 0 <= x <= 1 / 3, "objective.drop_rate"),
+    ("0 to 2^32 - 1", lambda x: 0 <= x < 2**32, "seed"),
+    (*one_of("edit", "vae"), "objective.kind"),
+    (*one_of("epsilon", "v_prediction"), "model.prediction"),
+    (*one_of("auto", "float32", "bfloat16"), "dtype"),
+)
+"""What is expected, whether a value fits, and of which settings. What depends on the networks, the
+devices or the data is checked where these are known."""
+
+
 def check(cfg: Config) -> None:
-    """Raises ValueError for values that no run can have."""
-    at_least = {
-        "optim.accumulate": (cfg.optim.accumulate, 1),
-        "optim.warmup": (cfg.optim.warmup, 0),
-        "data.batch_size": (cfg.data.batch_size, 1),
-        "checkpoint.every": (cfg.checkpoint.every, 1),
-        "checkpoint.keep": (cfg.checkpoint.keep, 1),
-        "log.every": (cfg.log.every, 1),
-        "log.samples_every": (cfg.log.samples_every, 0),
-        "log.samples": (cfg.log.samples, 1),
-        "log.sample_steps": (cfg.log.sample_steps, 1),
-        "steps": (cfg.steps, 1),
-        "seed": (cfg.seed, 0),
-    }
-    for name, (value, lowest) in at_least.items():
-        if value < lowest:
-            raise ValueError(f"config.{name} is {value}, expected {lowest} or more")
-    if not 0 <= cfg.objective.drop_rate <= 1 / 3:
+    """Raises ValueError, one line that names config.X, for values that no run can have."""
+    values = flatten(cfg)
+    for expected, fits, names in RULES:
+        for name in names.split():
+            if not fits(values[name]):
+                raise ValueError(f"config.{name} is {values[name]!r}, expected {expected}")
+    if cfg.steps % cfg.optim.accumulate:
         raise ValueError(
-            f"config.objective.drop_rate is {cfg.objective.drop_rate}, expected 0 to 1/3"
+            f"config.steps is {cfg.steps}, expected a multiple of config.optim.accumulate, "
+            f"{cfg.optim.accumulate}"
         )
-    for name, value, allowed in (
-        ("objective.kind", cfg.objective.kind, ("edit", "vae")),
-        ("model.prediction", cfg.model.prediction, ("epsilon", "v_prediction")),
-        ("dtype", cfg.dtype, ("auto", "float32", "bfloat16")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"config.{name} is {value!r}, expected one of {', '.join(allowed)}")
 
 
-def describe(tree: Any, prefix: str = "config") -> list[str]:
-    """Lists every key of the tree with its default, one a line."""
-    lines = []
-    for item in dataclasses.fields(tree):
-        value = getattr(tree, item.name)
-        name = f"{prefix}.{item.name}"
-        lines += (
-            describe(value, name) if dataclasses.is_dataclass(value) else [f"  --{name}={value!r}"]
-        )
-    return lines
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}}, or the dataclass of that shape -> {"optim.lr": 1}."""
+    if dataclasses.is_dataclass(tree):
+        tree = {item.name: getattr(tree, item.name) for item in dataclasses.fields(tree)}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def describe(cfg: Config) -> list[str]:
+    """Lists every key of the tree with its value, one a line."""
+    return [f"  --config.{name}={value!r}" for name, value in flatten(cfg).items()]

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32)")
     p.add_argument("--revision", help="branch, tag or commit of a hub id")
     p.add_argument("--variant", help="of the files to read, e.g. fp16")
+    p.add_argument("--vae", metavar="M", help="take the VAE from here: as --from, or a VAE alone")
     return p
 
 
@@ -55,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--to {args.to}: is already there")
     if args.format == "ldm" and args.to.suffix != ".safetensors":
         raise ValueError(f"--to {args.to}: expected a name that ends in .safetensors")
-    model = load(args.model, revision=args.revision, variant=args.variant, safety=True)
+    model = load(
+        args.model, revision=args.revision, variant=args.variant, safety=True, vae=args.vae
+    )
     dtype = DTYPES[args.dtype]
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()

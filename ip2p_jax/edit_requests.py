@@ -2,16 +2,13 @@
 """What the edit command is asked to do: requests, checked before any model is opened."""
 
 import json
-import os
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ip2p_jax.diffusion.samplers import SAMPLERS
-from ip2p_jax.editor import check_number, check_seed, check_text
+from ip2p_jax import checks
+from ip2p_jax.jobs import SAMPLING
+from ip2p_jax.sizes import MAX_SIDE
 
 
 @dataclass(frozen=True)
@@ -30,33 +27,16 @@ class Request:
     resolution: int | str | None = None
 
 
-def check_output(x: Any) -> str | None:
-    return None if isinstance(x, str) and Path(x).suffix.lower() == ".png" else "a .png file"
-
-
-def check_steps(x: Any) -> str | None:
-    return None if type(x) is int and 1 <= x <= 1000 else "1 to 1000"
-
-
-def check_sampler(x: Any) -> str | None:
-    return None if x in list(SAMPLERS) else f"one of {', '.join(SAMPLERS)}"
-
-
 def check_resolution(x: Any) -> str | None:
-    usable = x in (None, "own") or type(x) is int and 1 <= x <= 8192
-    return None if usable else "pixels (1 to 8192) or 'own'"
+    usable = x in (None, "own") or type(x) is int and 1 <= x <= MAX_SIDE
+    return None if usable else f"pixels (1 to {MAX_SIDE}) or 'own'"
 
 
-CHECKS: dict[str, Callable[[Any], str | None]] = {
-    "input": check_text,
-    "instruction": check_text,
-    "output": check_output,
-    "steps": check_steps,
-    "sampler": check_sampler,
-    "text_guidance": check_number,
-    "image_guidance": check_number,
-    "seed": check_seed,
-    "negative": check_text,
+CHECKS: dict[str, checks.Check] = {
+    "input": checks.text,
+    "instruction": checks.text,
+    **SAMPLING,
+    "image_guidance": checks.number,
     "resolution": check_resolution,
 }
 """What a field of a request has to be: None if a value is that, else the words for it."""
@@ -67,22 +47,11 @@ OPTIONS = tuple(name for name in CHECKS if name not in REQUIRED)
 
 def make_request(values: dict[str, Any]) -> Request:
     """Makes a request of a value for each field. Raises ValueError that names a wrong one."""
-    for name, check in CHECKS.items():
-        if wanted := check(values[name]):
-            raise ValueError(f"{name}: {values[name]!r}, expected {wanted}")
+    for name, wanted in CHECKS.items():
+        checks.check(name, values[name], wanted)
     scales = ("text_guidance", "image_guidance")
     floats: dict[str, Any] = {name: float(values[name]) for name in scales}
     return Request(**values | floats)
-
-
-def outputs_of(inputs: Sequence[str], output: str) -> list[str]:
-    """Where the edits of `inputs` go: to the file `output`, or into the folder `output`."""
-    path = Path(output)
-    if path.is_dir() or output.endswith("/") or not path.suffix:
-        return [str(path / f"{Path(x).stem}.png") for x in inputs]
-    if len(inputs) > 1:
-        raise ValueError(f"--output: {output}, expected a folder for several pictures")
-    return [output]
 
 
 def read_requests(path: Path, options: dict) -> list[Request]:
@@ -120,26 +89,3 @@ def read_request(line: str, options: dict) -> Request:
         if name not in CHECKS:
             raise ValueError(f"{name!r} is not known, expected one of {', '.join(CHECKS)}")
     return make_request(options | entry)
-
-
-def check_outputs(requests: Sequence[Request]) -> None:
-    """Makes sure that every output can be written, so that none fails after hours of work."""
-    inputs = {Path(r.input).resolve() for r in requests}
-    uses = Counter(Path(r.output).resolve() for r in requests)
-    for request in requests:
-        path = Path(request.output).resolve()
-        if path in inputs:
-            raise ValueError(f"output {request.output}: is an input too")
-        if uses[path] > 1:
-            raise ValueError(f"output {request.output}: is named twice")
-        if path.is_dir():
-            raise ValueError(f"output {request.output}: is a folder")
-    for folder in {path.parent for path in uses}:
-        there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"output folder {folder}: no file can be made in {there} ({error.strerror})"
-            ) from None

@@ -19,13 +19,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 from PIL import Image
 
-from ip2p_jax.models.clip import CLIPVision
+from ip2p_jax.models.clip import MEAN, STD, CLIPVision, unit
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import VisionConfig
 from ip2p_jax.types import Params
-from ip2p_jax.weights import ckpt, configs, tensor_file
-from ip2p_jax.weights.load import Pretrained, read_json
-from ip2p_jax.weights.names import POSITION_IDS, rename
+from ip2p_jax.weights import configs
+from ip2p_jax.weights.load import Pretrained, read_json, read_tensors
+from ip2p_jax.weights.names import CLIP_VISION, POSITION_IDS, rename
 from ip2p_jax.weights.port import from_torch
 
 CONCEPTS, SPECIAL = 17, 3
@@ -38,8 +38,8 @@ PREPROCESSING_FIXED = dict.fromkeys(
 )
 PREPROCESSING_READ = {
     "crop_size": 224,
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "image_mean": MEAN,
+    "image_std": STD,
     "resample": Image.Resampling.BICUBIC,
     "rescale_factor": 1 / 255,
     "size": 224,
@@ -51,11 +51,6 @@ class Scores(NamedTuple):
 
     special: Float[Any, "b 3"]
     concept: Float[Any, "b 17"]
-
-
-def unit(x: Float[Array, "n e"]) -> Float[Array, "n e"]:
-    """Rows of length 1."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 class Scorer(nnx.Module):
@@ -164,13 +159,10 @@ def read_params(folder: Path, config: VisionConfig) -> Params:
     if not files:
         raise ValueError(f"--safety: {folder} holds no weights ({', '.join(WEIGHTS)})")
     file = files[0]
-    tensors = tensor_file.read(file)[0] if file.suffix == ".safetensors" else ckpt.read(file)
+    tensors, _ = read_tensors(file)
     tensors = {name: x for name, x in tensors.items() if not name.endswith(POSITION_IDS)}
     doubled = any(name.startswith("vision_model.vision_model.") for name in tensors)
-    spelling = [
-        ("vision_model.visual_projection.", "visual_projection."),
-        ("vision_model.", "vision_model." * (1 + doubled)),
-    ]
+    spelling = [*CLIP_VISION, ("vision_model.", "vision_model." * (1 + doubled))]
     _, params = abstract(Scorer, config)
     return from_torch(params, tensors, str(file), lambda name: rename(name, spelling))
 

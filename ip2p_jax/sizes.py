@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes at which pictures are edited."""
+"""The sizes at which pictures are edited and generated."""
 
 import math
 
 from PIL import Image, ImageOps
 
 MAX_OWN_PIXELS = 2**20  # of a picture edited at its own size
+MAX_SIDE = 8192
 
 
 def paper_size(width: int, height: int, resolution: int, multiple: int = 64) -> tuple[int, int]:
@@ -52,6 +53,14 @@ def edit_size(size: tuple[int, int], resolution: int | None, multiple: int) -> t
     if resolution is None:
         return own_size(*size, multiple)
     return paper_size(*size, resolution, multiple)
+
+
+def check_size(size: tuple[int, int], multiple: int) -> None:
+    """Raises ValueError if pictures of this width and height cannot be made."""
+    if not all(0 < side <= MAX_SIDE and side % multiple == 0 for side in size):
+        raise ValueError(
+            f"size: {size[0]}x{size[1]}, expected multiples of {multiple} px up to {MAX_SIDE}"
+        )
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:

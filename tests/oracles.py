@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 CLIP_TOKENIZER = Path(__file__).parent.parent / "ip2p_jax" / "assets" / "clip_tokenizer"
 
@@ -83,7 +83,7 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             p.normal_(generator=generator)
             if p.ndim == 1:
                 p.mul_(0.1).add_(1.0 if name.endswith("weight") else 0.0)
-            elif "embedding.weight" not in name:
+            elif p.ndim > 1 and "embedding.weight" not in name:
                 p.div_(p[0].numel() ** 0.5)
     return module.eval()
 
@@ -154,3 +154,46 @@ def full_folder(path: str | Path, in_channels: int = 8, seed: int = 0, scheduler
     unet = {**FULL_UNET, "in_channels": in_channels}
     pipeline(unet, FULL_VAE, FULL_TEXT, tokenizer, seed, scheduler).save_pretrained(path)
     return Path(path)
+
+
+TINY_CLIP_VISION = dict(
+    image_size=32,
+    patch_size=8,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    projection_dim=48,
+)
+
+
+def clip_folder(
+    path: str | Path, text: dict, vision: dict, tokenizer: CLIPTokenizer, seed: int = 0
+) -> Path:
+    """Writes transformers' CLIPModel with random weights, and its tokenizer; returns its path."""
+    config = CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=vision["projection_dim"]
+    )
+    randomize(CLIPModel(config), seed).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def tiny_clip(path: str | Path, seed: int = 0) -> Path:
+    """A CLIP of two layers a tower, for pictures of 32 px."""
+    return clip_folder(path, TINY_TEXT, TINY_CLIP_VISION, small_tokenizer(), seed)
+
+
+def full_clip(path: str | Path, seed: int = 0) -> Path:
+    """A CLIP in the shape of ViT-L/14 (1.7 GB)."""
+    vision = dict(
+        image_size=224,
+        patch_size=14,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        projection_dim=768,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER, model_max_length=77)
+    return clip_folder(path, FULL_TEXT, vision, tokenizer, seed)

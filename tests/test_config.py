@@ -53,7 +53,17 @@ def test_command_line():
         (["--config.optim.lr=fast"], "fast"),
         (["--config.steps=0"], "config.steps is 0, expected 1 or more"),
         (["--config.optim.accumulate=0"], "config.optim.accumulate is 0"),
-        (["--config.objective.drop_rate=0.4"], "config.objective.drop_rate is 0.4"),
+        (["--config.steps=21"], "config.steps is 21, expected a multiple of config.optim.accumul"),
+        (["--config.data.batch_size=0"], "config.data.batch_size is 0, expected 1 or more"),
+        (["--config.data.resolution=0"], "config.data.resolution is 0, expected 1 or more"),
+        (["--config.data.flip=1.5"], "config.data.flip is 1.5, expected 0 to 1"),
+        (["--config.checkpoint.every=0"], "config.checkpoint.every is 0, expected 1 or more"),
+        (["--config.log.samples_every=-1"], "config.log.samples_every is -1, expected 0 or more"),
+        (["--config.optim.warmup=-1"], "config.optim.warmup is -1, expected 0 or more"),
+        (["--config.optim.lr=0"], "config.optim.lr is 0.0, expected a number above 0"),
+        (["--config.optim.lr=nan"], "config.optim.lr is nan, expected a number above 0"),
+        (["--config.optim.ema_decay=1"], "optim.ema_decay is 1.0, expected 0 or more, below 1"),
+        (["--config.objective.drop_rate=0.4"], "objective.drop_rate is 0.4, expected 0 to 1/3"),
         (["--config.objective.kind=gan"], "'gan', expected one of edit, vae"),
         (["--config.dtype=float16"], "expected one of auto, float32, bfloat16"),
         (["--speed=1"], "speed"),
@@ -84,6 +94,13 @@ def test_wrong_files(args, line, capsys, tmp_path):
     assert train.main([arg.format(config=TINY, tmp=tmp_path) for arg in args]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+
+
+def test_flatten():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": [3]}
+    assert config.flatten(tree) == {"a.b": 1, "a.c.d": 2, "e": [3]}
+    flat = config.flatten(Config())
+    assert flat["optim.lr"] == 1e-4 and flat["model.dims.unet.channels"][0] == 320
 
 
 def test_help(capsys):

@@ -36,6 +36,15 @@ def test_half_precision(tiny_ip2p, tmp_path):
     assert {x.dtype for part in tensors(out).values() for x in part.values()} == {torch.float16}
 
 
+def test_another_vae(tiny_ip2p, tiny_sd, tmp_path):
+    vae = tiny_ip2p / "vae"
+    args = ("--to", tmp_path / "out", "--format", "diffusers", "--vae", vae)
+    assert run("--from", tiny_sd, *args) == 0
+    got, want = tensors(tmp_path / "out"), tensors(tiny_sd)
+    assert same(got["unet"], want["unet"])
+    assert same(got["vae"], tensors(tiny_ip2p)["vae"])
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ip2p_jax import edit
+from ip2p_jax import edit, jobs
 from ip2p_jax.edit_requests import Request
 from ip2p_jax.editor import Editor
 from ip2p_jax.sizes import fit
 from ip2p_jax.weights.load import load
 from tests.edits import ONE, PICTURE, PIXELS, encoded, huge, tree, write_requests
+from tests.kills import KILLS, write_row
 
-KILLS = int(os.environ.get("IP2P_KILLS", "3"))
 FAST = ("--steps", "3")
 
 
@@ -91,6 +91,7 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
             "model": model,
             "revision": None,
             "variant": None,
+            "vae": None,
             "dtype": None,
             "safety": False,
             "input": "in.png",
@@ -195,7 +196,7 @@ def test_resolution(command, folder, resolution, size):
 
 
 def test_other_networks_are_asked_for(folder, monkeypatch, capsys):
-    """--revision, --variant, --safety and --dtype reach those who know them."""
+    """--revision, --variant, --vae, --safety and --dtype reach those who know them."""
     asked = {}
 
     def checker(pretrained):
@@ -204,13 +205,14 @@ def test_other_networks_are_asked_for(folder, monkeypatch, capsys):
     def build(pretrained, *, dtype):
         raise ValueError(f"built as {np.dtype(dtype)}")
 
-    monkeypatch.setattr(edit, "load", lambda model, **more: asked.update(more, model=model))
-    monkeypatch.setattr(edit.SafetyChecker, "from_pretrained", checker)
+    monkeypatch.setattr(jobs, "load", lambda model, **more: asked.update(more, model=model))
+    monkeypatch.setattr(jobs.SafetyChecker, "from_pretrained", checker)
     monkeypatch.setattr(edit, "Editor", build)
     args = ["--input", "in.png", "--instruction", "x", "--output", "out.png", "--model", "[a]/[/b]"]
-    more = ["--revision", "v2", "--variant", "fp16", "--dtype", "bfloat16"]
+    more = ["--revision", "v2", "--variant", "fp16", "--vae", "b", "--dtype", "bfloat16"]
     assert edit.main([*args, *more]) == 2
-    assert asked == {"model": "[a]/[/b]", "revision": "v2", "variant": "fp16", "safety": False}
+    wanted = {"model": "[a]/[/b]", "revision": "v2", "variant": "fp16", "vae": "b"}
+    assert asked == wanted | {"safety": False}
     assert capsys.readouterr().err == "error: built as bfloat16\n"
     assert edit.main([*args, "--safety"]) == 2
     assert capsys.readouterr().err == "error: checked\n"
@@ -372,7 +374,7 @@ def test_only_what_is_missing(command, folder, capsys, monkeypatch):
     assert os.stat("b.png").st_mtime_ns != first["b.png"]
     again = tree(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(edit, "load", None)  # calling it would be a traceback
+        patch.setattr(jobs, "load", None)  # calling it would be a traceback
         assert command(*args) == 0
     assert capsys.readouterr().err == "all 3 pictures are there\n"
     assert tree(folder) == again
@@ -380,21 +382,20 @@ def test_only_what_is_missing(command, folder, capsys, monkeypatch):
     assert "3/3" in capsys.readouterr().err
 
 
-def test_batches_do_not_depend_on_what_is_left(editor, folder):
+def test_batches_do_not_depend_on_what_is_left():
     """Cut by place in the file; of a batch with anything due, all is computed."""
     names = "abcdefghij"
     requests = [Request("in.png", "x", f"{name}.png", steps=3 + (name in "de")) for name in names]
-    original, editor.rows = editor.rows, 3
-    try:
-        batches = edit.units(requests, [requests[0], requests[4], requests[9]], editor)
-    finally:
-        editor.rows = original
+    due = [requests[0], requests[4], requests[9]]
+    batches = jobs.units(requests, due, 3, lambda r: r.steps)
     got = ["".join(r.output[0] for r in batch) for batch in batches]
     assert got == ["abc", "ij", "de"]
 
 
-def killed(command: list[str], folder: Path, moment: random.Random) -> int:
-    """Starts the command and kills it at a random moment; returns its exit code.
+def killed(command: list[str], folder: Path, moment: random.Random) -> tuple[int, bool]:
+    """Starts the command and kills it at a random moment.
+
+    Returns its exit code, and whether it left a file half-written.
 
     Half of the moments are some time after so many more pictures, half are when a file is being
     written.
@@ -409,7 +410,8 @@ def killed(command: list[str], folder: Path, moment: random.Random) -> int:
             if len(names) - parts >= there + more and (parts or delay is not None):
                 time.sleep(delay or 0)
                 process.kill()
-        return process.returncode
+    half = f".{process.pid}.part"
+    return process.returncode, any(name.endswith(half) for name in os.listdir(folder))
 
 
 def test_killed_and_restarted(model, editor, tmp_path, monkeypatch, capsys):
@@ -446,9 +448,11 @@ def test_killed_and_restarted(model, editor, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "killed")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
     command = [sys.executable, "-m", "ip2p_jax.edit", *args]
-    out, moment, codes = Path("out"), random.Random(KILLS), []
+    out, moment, codes, halves = Path("out"), random.Random(KILLS), [], 0
     for _ in range(KILLS):
-        codes.append(killed(command, out, moment))
+        code, half = killed(command, out, moment)
+        codes.append(code)
+        halves += half
         got = {x.name: x.read_bytes() for x in out.glob("[0-9]*.png")}
         assert got.items() <= want.items()  # whole pictures, or none
         if codes[-1] == 1:  # it came to its end first: the next starts anew
@@ -465,3 +469,4 @@ def test_killed_and_restarted(model, editor, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(edit, "Editor", lambda *_, **__: editor)
     assert edit.main(args) == 1
     assert {x: x.stat().st_mtime_ns for x in out.iterdir()} == times
+    write_row("edits of 11 pictures", KILLS, codes.count(-signal.SIGKILL), halves)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ip2p_jax import edit
+from ip2p_jax import edit, jobs
 from tests.edits import ONE, PICTURE, huge, tree, write_requests
 
 
@@ -25,7 +25,7 @@ def refused(folder, monkeypatch, capsys):
     """Runs the command on what it has to refuse without opening a model; returns the line."""
 
     def run(*args: object, model: str = "some/model") -> str:
-        monkeypatch.setattr(edit, "load", None)  # calling it would be a traceback
+        monkeypatch.setattr(jobs, "load", None)  # calling it would be a traceback
         before = tree(folder)
         assert edit.main(["--model", model, *map(str, args)]) == 2
         out, err = capsys.readouterr()

@@ -5,30 +5,25 @@ import jax
 import numpy as np
 import pytest
 import skimage.data
-import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionInstructPix2PixPipeline,
-)
+from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 from ip2p_jax.editor import Editor
 from ip2p_jax.sizes import edit_size, fit
 from ip2p_jax.weights.load import load
+from tests.pipelines import (
+    LATENTS,
+    OPTIONS,
+    PSNR,
+    SCHEDULERS,
+    STEPS,
+    Theirs,
+    noise,
+    psnr,
+    relative,
+)
 
-LATENTS = 1e-4  # maximum error relative to the largest value
-PSNR = 60.0  # dB, of the picture
-STEPS = 10
 INSTRUCTION = "make it look like a rainy night"
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-}
-BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-OPTIONS = {"ddim": dict(set_alpha_to_one=False, clip_sample=False, steps_offset=1)}
 
 
 def photo(name: str, resolution: int = 64, multiple: int = 16) -> Image.Image:
@@ -36,46 +31,10 @@ def photo(name: str, resolution: int = 64, multiple: int = 16) -> Image.Image:
     return fit(image, edit_size(image.size, resolution, multiple))
 
 
-def noise(image: Image.Image, factor: int = 4, seed: int = 0) -> np.ndarray:
-    shape = (1, image.height // factor, image.width // factor, 4)
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
-    mse = np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / max(mse, 1e-12)))
-
-
-class Theirs:
-    """diffusers' pipeline on torch, and what it makes of one picture."""
-
-    def __init__(self, folder):
-        self.pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            folder, safety_checker=None
-        )
-        self.pipe.set_progress_bar_config(disable=True)
-
-    def __call__(self, image, start, sampler="ddim", steps=STEPS, instruction=INSTRUCTION, s_i=1.5):
-        """Final latents (b h w c) and the picture (uint8)."""
-        self.pipe.scheduler = SCHEDULERS[sampler](**BETAS, **OPTIONS.get(sampler, {}))
-        latents = self.pipe(
-            instruction,
-            image,
-            num_inference_steps=steps,
-            guidance_scale=7.5,
-            image_guidance_scale=s_i,
-            latents=torch.from_numpy(start).permute(0, 3, 1, 2),
-            output_type="latent",
-        ).images
-        with torch.no_grad():
-            z = latents / self.pipe.vae.config.scaling_factor
-            pixels = self.pipe.vae.decode(z).sample
-        picture = self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-        return latents.permute(0, 2, 3, 1).numpy(), np.asarray(picture)
+def edited(theirs, image, start, sampler="ddim", steps=STEPS, s_i=1.5):
+    """Their final latents and picture."""
+    scales = dict(guidance_scale=7.5, image_guidance_scale=s_i)
+    return theirs(start, sampler, steps, prompt=INSTRUCTION, image=image, **scales)
 
 
 def ours(editor, image, start, sampler="ddim", steps=STEPS, instruction=INSTRUCTION, s_i=1.5):
@@ -94,7 +53,7 @@ def ours(editor, image, start, sampler="ddim", steps=STEPS, instruction=INSTRUCT
 
 @pytest.fixture(scope="module")
 def theirs(tiny_ip2p):
-    return Theirs(tiny_ip2p)
+    return Theirs(StableDiffusionInstructPix2PixPipeline, tiny_ip2p)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +70,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 def test_edit_equals_diffusers(editor, theirs, name, sampler):
     """Same start noise, 10 steps, a square photograph and one that is not."""
     image = photo(name)
-    start = noise(image)
-    latents, picture = theirs(image, start, sampler)
+    start = noise(image.size)
+    latents, picture = edited(theirs, image, start, sampler)
     our_latents, our_picture = ours(editor, image, start, sampler)
     assert relative(our_latents, latents) < LATENTS
     assert psnr(our_picture, picture) > PSNR
@@ -121,7 +80,8 @@ def test_edit_equals_diffusers(editor, theirs, name, sampler):
 @pytest.fixture(scope="module")
 def reference(theirs):
     image = photo("coffee")
-    return image, noise(image), *theirs(image, noise(image))
+    start = noise(image.size)
+    return image, start, *edited(theirs, image, start)
 
 
 @pytest.mark.parity
@@ -144,7 +104,7 @@ def test_control_step_offset(editor, theirs, reference, monkeypatch):
     """Without `steps_offset` every step is one timestep off."""
     image, start, _, _ = reference
     monkeypatch.setitem(OPTIONS, "ddim", OPTIONS["ddim"] | {"steps_offset": 0})
-    latents, _ = theirs(image, start)
+    latents, _ = edited(theirs, image, start)
     assert relative(ours(editor, image, start)[0], latents) > 5 * LATENTS
 
 
@@ -274,10 +234,10 @@ def test_model_without_image_channels_is_refused(tiny_sd):
 def test_full_size_edit_equals_diffusers(full_ip2p):
     """SD 1.5's shape, 256 px, ddim, 4 steps: final latents within 1e-3."""
     image = photo("astronaut", 256, 64)
-    start = noise(image, factor=8)
-    theirs = Theirs(full_ip2p)
-    latents, picture = theirs(image, start, steps=4)
-    other, _ = theirs(image, start, steps=4, s_i=1.6)
+    start = noise(image.size, factor=8)
+    theirs = Theirs(StableDiffusionInstructPix2PixPipeline, full_ip2p)
+    latents, picture = edited(theirs, image, start, steps=4)
+    other, _ = edited(theirs, image, start, steps=4, s_i=1.6)
     del theirs
     our_latents, our_picture = ours(Editor.from_pretrained(str(full_ip2p)), image, start, steps=4)
     assert relative(our_latents, latents) < 1e-3

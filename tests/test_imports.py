@@ -17,8 +17,17 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("types", "config", "sizes", "cli", "models.presets"),
     ("models", "diffusion", "data"),
-    ("weights",),
-    ("editor", "edit_requests", "safety", "training", "evaluation"),
+    ("weights", "networks", "guided", "checks", "devices"),
+    (
+        "editor",
+        "generator",
+        "placed",
+        "jobs",
+        "edit_requests",
+        "safety",
+        "training",
+        "evaluation",
+    ),
 )
 """Modules and packages of ip2p_jax, lowest first; above all are the entry points."""
 
@@ -82,7 +91,7 @@ def test_what_is_above_are_entry_points():
     """A module that no layer names can be run: new ones have to be put in their place."""
     above = [name for name in LIBRARY if group(name)[0] == len(LAYERS)]
     above.remove("ip2p_jax.__init__")
-    assert {"ip2p_jax.edit", "ip2p_jax.train", "ip2p_jax.convert"} <= set(above)
+    assert {f"ip2p_jax.{name}" for name in ("edit", "generate", "train", "convert")} <= set(above)
     for name in above:
         assert '\nif __name__ == "__main__":\n' in LIBRARY[name], name
         assert "@one_line_errors\ndef main(" in LIBRARY[name], name
@@ -136,7 +145,7 @@ import sys
 import ip2p_jax
 assert "jax" not in sys.modules
 sys.modules.update(torch=None, diffusers=None)  # importing them fails
-import ip2p_jax.edit, ip2p_jax.convert, ip2p_jax.train
+import ip2p_jax.edit, ip2p_jax.generate, ip2p_jax.convert, ip2p_jax.train
 assert "tensorflow" not in sys.modules
 assert ip2p_jax.Editor is ip2p_jax.editor.Editor
 """

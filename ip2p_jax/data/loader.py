@@ -11,7 +11,8 @@ from absl import flags
 
 from ip2p_jax.config import Data
 from ip2p_jax.data.pairs import PairSource
-from ip2p_jax.data.transforms import Example, example, tokenize
+from ip2p_jax.data.tokens import tokenize
+from ip2p_jax.data.transforms import Example, example
 from ip2p_jax.types import Batch
 
 

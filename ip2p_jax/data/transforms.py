@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to a pair on the host: one window and flip for both pictures, and CLIP tokens."""
+"""What happens to a pair on the host: one window and flip for both pictures."""
 
 import io
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from ip2p_jax.config import Data
@@ -45,13 +44,6 @@ def see(picture: bytes, view: View, resolution: int) -> UInt8[np.ndarray, "h w 3
     box = (view.left, view.top, view.left + resolution, view.top + resolution)
     pixels = np.asarray(image.crop(box))
     return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
-
-
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> Int32[np.ndarray, "b n"]:
-    """CLIP tokens, cut or padded (by the tokenizer's own pad token) to 77 or its smaller limit."""
-    length = min(tokenizer.model_max_length, 77)
-    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length).input_ids
-    return np.array(ids, np.int32)
 
 
 def example(pair: Pair, rng: np.random.Generator, cfg: Data) -> Example:

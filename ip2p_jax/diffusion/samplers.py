@@ -5,6 +5,9 @@ Every sampler is `sample(denoise, noise, grid, keys) -> z`. `noise` is unit norm
 key per picture, folded with the number of the step, so that a picture does not depend on what else
 is in its batch, and equal keys mean equal noise. Deterministic samplers ignore the keys. The
 network is traced once, whatever the number of steps.
+
+`after(z, sigma)` is what becomes of a latent that has reached the level sigma; by default it stays
+as it is. (Heun's predictions pass through it, too.)
 """
 
 from collections.abc import Callable
@@ -21,9 +24,19 @@ Sampler = Callable[
     [Denoise, Float[Array, "b h w c"], Grid, Key[Array, "b"]], Float[Array, "b h w c"]
 ]
 
+After = Callable[[Float[Array, "b h w c"], Float[Array, ""]], Float[Array, "b h w c"]]
+
+
+def unchanged(z: Float[Array, "b h w c"], sigma: Float[Array, ""]) -> Float[Array, "b h w c"]:
+    return z
+
 
 def sample_euler_ancestral(
-    denoise: Denoise, noise: Float[Array, "b h w c"], grid: Grid, keys: Key[Array, "b"]
+    denoise: Denoise,
+    noise: Float[Array, "b h w c"],
+    grid: Grid,
+    keys: Key[Array, "b"],
+    after: After = unchanged,
 ) -> Float[Array, "b h w c"]:
     """Ancestral sampling with Euler steps (k-diffusion): step down further, and add noise back."""
 
@@ -32,7 +45,7 @@ def sample_euler_ancestral(
         down, up = ancestral_step(sigma, sigma_next)
         slope = (z - denoise(z, sigma)) / sigma
         eps = unit_noise(jax.vmap(jax.random.fold_in, (0, None))(keys, i), z.shape[1:])
-        return z + slope * (down - sigma) + up * eps, None
+        return after(z + slope * (down - sigma) + up * eps, sigma_next), None
 
     steps = (grid.sigmas[:-1], grid.sigmas[1:], jnp.arange(len(grid.sigmas) - 1))
     z, _ = jax.lax.scan(step, grid.start * noise, steps)
@@ -40,7 +53,11 @@ def sample_euler_ancestral(
 
 
 def sample_euler(
-    denoise: Denoise, noise: Float[Array, "b h w c"], grid: Grid, keys: Key[Array, "b"]
+    denoise: Denoise,
+    noise: Float[Array, "b h w c"],
+    grid: Grid,
+    keys: Key[Array, "b"],
+    after: After = unchanged,
 ) -> Float[Array, "b h w c"]:
     """Euler's method on dz/dsigma = (z - z0) / sigma (Karras et al. 2022, equation 3).
 
@@ -50,14 +67,18 @@ def sample_euler(
     def step(z, xs):
         sigma, sigma_next = xs
         slope = (z - denoise(z, sigma)) / sigma
-        return z + slope * (sigma_next - sigma), None
+        return after(z + slope * (sigma_next - sigma), sigma_next), None
 
     z, _ = jax.lax.scan(step, grid.start * noise, (grid.sigmas[:-1], grid.sigmas[1:]))
     return grid.end * z
 
 
 def sample_heun(
-    denoise: Denoise, noise: Float[Array, "b h w c"], grid: Grid, keys: Key[Array, "b"]
+    denoise: Denoise,
+    noise: Float[Array, "b h w c"],
+    grid: Grid,
+    keys: Key[Array, "b"],
+    after: After = unchanged,
 ) -> Float[Array, "b h w c"]:
     """Heun's method (Karras et al. 2022, algorithm 1); the last step, to sigma 0, is Euler's.
 
@@ -67,22 +88,28 @@ def sample_heun(
 
     def half_step(carry, xs):
         z_begin, slope_begin, z = carry
-        sigma, change, correct = xs
+        sigma, sigma_next, change, correct = xs
         slope = (z - denoise(z, sigma)) / sigma
         slope = jnp.where(correct, (slope_begin + slope) / 2, slope)
         z_begin = jnp.where(correct, z_begin, z)
-        return (z_begin, slope, z_begin + slope * change), None
+        z = after(z_begin + slope * change, sigma_next)
+        return (z_begin, slope, z), None
 
     evaluated = jnp.repeat(jnp.asarray(grid.sigmas[:-1]), 2)[1:]
+    reached = jnp.repeat(jnp.asarray(grid.sigmas[1:]), 2)[:-1]
     change = jnp.repeat(jnp.diff(grid.sigmas), 2)[:-1]
     correct = jnp.arange(len(change)) % 2 == 1
     z = grid.start * noise
-    (_, _, z), _ = jax.lax.scan(half_step, (z, z, z), (evaluated, change, correct))
+    (_, _, z), _ = jax.lax.scan(half_step, (z, z, z), (evaluated, reached, change, correct))
     return grid.end * z
 
 
 def sample_dpmpp_2m(
-    denoise: Denoise, noise: Float[Array, "b h w c"], grid: Grid, keys: Key[Array, "b"]
+    denoise: Denoise,
+    noise: Float[Array, "b h w c"],
+    grid: Grid,
+    keys: Key[Array, "b"],
+    after: After = unchanged,
 ) -> Float[Array, "b h w c"]:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): extrapolates z0 from the last two steps."""
 
@@ -91,7 +118,7 @@ def sample_dpmpp_2m(
         sigma, sigma_next, weight = xs
         z0 = denoise(z, sigma)
         target = z0 + weight * (z0 - z0_old)
-        return (target + (z - target) * (sigma_next / sigma), z0), None
+        return (after(target + (z - target) * (sigma_next / sigma), sigma_next), z0), None
 
     z = grid.start * noise
     steps = (grid.sigmas[:-1], grid.sigmas[1:], extrapolation(jnp.asarray(grid.sigmas)))

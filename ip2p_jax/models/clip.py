@@ -8,10 +8,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ip2p_jax.models.presets import TextConfig, VisionConfig
+from ip2p_jax.models.presets import CLIPConfig, TextConfig, VisionConfig
 
 TowerConfig = TextConfig | VisionConfig
 """What the towers share: width, layers, heads, mlp_width, activation."""
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training pictures, pixels in [0, 1]: the vision tower takes (x - MEAN) / STD."""
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -25,6 +29,11 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    """Rows of length 1; a row of zeros stays."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 class Embeddings(nnx.Module):
@@ -147,8 +156,43 @@ class CLIPVision(nnx.Module):
         self.visual_projection = nnx.Linear(
             cfg.width, cfg.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
         )
+        self.image_size = cfg.image_size
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
         """Image embeddings, not normalised, of normalised pixels (b, image_size, image_size, 3)."""
         x = self.encoder(self.pre_layrnorm(self.embeddings(x)))
         return self.visual_projection(self.post_layernorm(x[:, 0]))
+
+
+def highest_token(tokens: Int[Array, "b n"], end: int) -> Int[Array, " b"]:
+    """Where the highest token id is: CLIP's own end token, whatever `end` says."""
+    return jnp.argmax(tokens, axis=1)
+
+
+def first_end_token(tokens: Int[Array, "b n"], end: int) -> Int[Array, " b"]:
+    """Where the first end token is; CLIP pads with it."""
+    return jnp.argmax(tokens == end, axis=1)
+
+
+class CLIP(nnx.Module):
+    """Both towers with their projections into one space (transformers' `CLIPModel`)."""
+
+    def __init__(self, cfg: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.text_model = CLIPText(cfg.text, dtype=dtype, rngs=rngs)
+        self.text_projection = nnx.Linear(
+            cfg.text.width, cfg.vision.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.vision_model = CLIPVision(cfg.vision, dtype=dtype, rngs=rngs)
+        self.end = cfg.text.eos_token_id
+        # Configurations from before 2023 say 2, which is no end token.
+        self.pool = highest_token if self.end == 2 else first_end_token
+
+    def embed_texts(self, tokens: Int[Array, "b n"]) -> Float[Array, "b e"]:
+        """Text embeddings, not normalised: the state at the end token, projected."""
+        at = self.pool(tokens, self.end)
+        pooled = jnp.take_along_axis(self.text_model(tokens), at[:, None, None], axis=1)
+        return self.text_projection(pooled[:, 0])
+
+    def embed_images(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
+        """Image embeddings, as `CLIPVision` gives them."""
+        return self.vision_model(x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dimensions of the networks, and the presets SD15, SD21 and TINY."""
+"""Dimensions of the networks, and presets: SD15, SD21, TINY; CLIP_L14, CLIP_B32, CLIP_B16."""
 
 from dataclasses import dataclass, field, replace
 
@@ -76,6 +76,14 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP's two towers (transformers' `CLIPModel`); their space has `vision.projection_dim`."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One latent diffusion model: UNet, VAE and text tower."""
 
@@ -114,3 +122,11 @@ TINY = ModelConfig(
     vae=VAEConfig(channels=(32, 64, 64), layers_per_block=1, norm_groups=16, sample_size=64),
     text=TextConfig(vocab_size=1024, width=64, layers=2, heads=4, mlp_width=256),
 )
+CLIP_L14 = CLIPConfig()
+CLIP_B32 = CLIPConfig(
+    text=TextConfig(width=512, heads=8, mlp_width=2048),
+    vision=VisionConfig(
+        patch_size=32, width=768, layers=12, heads=12, mlp_width=3072, projection_dim=512
+    ),
+)
+CLIP_B16 = replace(CLIP_B32, vision=replace(CLIP_B32.vision, patch_size=16))

@@ -7,6 +7,7 @@ under its name when it is complete, so a killed save leaves nothing that would b
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ip2p_jax import config
+from ip2p_jax.data.manifest import load_manifest
 from ip2p_jax.training import logs
 from ip2p_jax.types import TrainState
 
-FREE = ("steps", "mesh.", "checkpoint.", "log.")
-"""Keys a run may change when it goes on: none of them changes what a step computes."""
+CONFIG = "config.json"
+FREE = (
+    *("steps", "mesh.", "checkpoint.", "log."),
+    *("data.path", "data.workers", "data.threads", "data.check_hashes"),
+)
+"""Keys a run may change when it goes on: none of them changes what a step computes. Data may move,
+as long as its contents stay."""
 
 
 def open_manager(workdir: str, cfg: config.Checkpoint) -> ocp.CheckpointManager:
@@ -74,30 +81,50 @@ def restore(
     return restored["train"]._replace(ema=restored["ema"]), restored["data"]
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
-    return flat
+def as_json(cfg: config.Config) -> dict:
+    """The tree as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def record(cfg: config.Config) -> dict:
+    """What DIR/config.json holds: `cfg`, and a digest of its data, which may move.
+
+    Raises ValueError or FileNotFoundError if `cfg.data.path` is no data folder.
+    """
+    tree, shards = as_json(cfg), load_manifest(Path(cfg.data.path))
+    tree["data"]["contents"] = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    return tree
 
 
 def check_config(workdir: str, cfg: config.Config, override: list[str], fresh: bool) -> None:
-    """Compares `cfg` with the run's stored configuration, unless it is `fresh`, then stores `cfg`.
+    """Compares `cfg` with what the run has stored, unless it is `fresh`: then there is no
+    checkpoint to be true to.
 
-    Raises ValueError naming the first key that differs, unless it is in `override` or free to
-    change (`FREE`). A fresh run has no checkpoint yet, so there is nothing to be true to.
+    A key that the run has not stored is younger than the run, which so far had its default. Raises
+    ValueError naming the first key that differs, unless it is in `override` or free to change
+    (`FREE`), or a key in `override` that does not exist.
     """
-    path = epath.Path(workdir) / "config.json"
-    new = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    path, wanted = epath.Path(workdir) / CONFIG, config.flatten(record(cfg))
+    stored = wanted
     if path.exists() and not fresh:
-        stored, wanted = flatten(json.loads(path.read_text())), flatten(new)
-        for name in sorted(stored.keys() | wanted.keys()):
-            was, now = stored.get(name), wanted.get(name)
-            if was != now and name not in override and not name.startswith(FREE):
-                raise ValueError(
-                    f"config.{name}: the run in {workdir} has {was!r}, this command {now!r}; "
-                    f"add --override={name} to go on with the new value"
-                )
-    logs.write_json(path, new)
+        defaults = config.flatten(as_json(config.Config()))
+        stored = wanted | defaults | config.flatten(json.loads(path.read_text()))
+    for key in override:
+        if key not in stored:
+            raise ValueError(f"--override={key}: there is no config.{key}, see --help")
+    for name in sorted(stored):
+        if stored[name] == wanted.get(name) or name.startswith(FREE):
+            continue
+        key, was, now = name, repr(stored[name]), repr(wanted.get(name))
+        if name == "data.contents":
+            key, was, now = "data.path", "other pairs", f"those in {cfg.data.path}"
+        if key not in override:
+            raise ValueError(
+                f"config.{key}: the run in {workdir} has {was}, this command {now}; "
+                f"add --override={key} to go on with the new value"
+            )
+
+
+def store_config(workdir: str, cfg: config.Config) -> None:
+    """Writes DIR/config.json, with which the next command will be compared."""
+    logs.write_json(epath.Path(workdir) / CONFIG, record(cfg))

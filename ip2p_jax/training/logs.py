@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -85,6 +85,15 @@ class Logs:
         if writes():
             self.progress.update(self.bar, completed=step)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock of `examples_per_second`: for saves and grids, which are no steps."""
+        jax.block_until_ready(self.waiting)
+        start = time.monotonic()
+        yield
+        if self.time is not None:
+            self.time += time.monotonic() - start
+
     def flush(self, examples: int) -> None:
         """Waits for the kept metrics and writes their means as one line.
 
@@ -150,8 +159,3 @@ def open_logs(workdir: str, step: int, steps: int) -> Iterator[Logs]:
         yield logs
     finally:
         logs.close()
-
-
-def to_uint8(x: Float[np.ndarray, "*dims"]) -> UInt8[np.ndarray, "*dims"]:
-    """Pixels in [-1, 1] to 0..255, clipped and rounded."""
-    return np.round((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)

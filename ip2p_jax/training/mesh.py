@@ -8,8 +8,11 @@ partitioner inserts the communication.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Int
 
 from ip2p_jax import config
 
@@ -47,6 +50,44 @@ def state_shardings(mesh: jax.sharding.Mesh, abstract: Any) -> Any:
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of what every device holds whole: frozen parameters, keys, metrics."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Puts an array that every host holds whole on devices, each of which gets its part only.
+
+    Nothing is copied among hosts or compared, as jax.device_put does.
+    """
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def put_whole(mesh: jax.sharding.Mesh, tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
+    """Puts all of every array on each device, numbers that are not integers as `dtype`."""
+
+    def place(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        x = x.astype(dtype, copy=False) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return put(x, replicated(mesh))
+
+    return jax.tree.map(place, tree)
+
+
+def rows_in_place(mesh: jax.sharding.Mesh, rows: int) -> Int[np.ndarray, " b"]:
+    """Returns which row of the global batch lies at each place of the batch on the devices.
+
+    Each host reads consecutive rows, but a mesh may arrange the devices of hosts in any order.
+    Raises ValueError for a batch that cannot be split over the devices.
+    """
+    if rows % mesh.size:
+        raise ValueError(
+            f"config.data.batch_size is {rows}, expected a multiple of the {mesh.size} devices"
+        )
+    return in_place([device.process_index for device in mesh.devices.flat], rows)
+
+
+def in_place(hosts: list[int], rows: int) -> Int[np.ndarray, " b"]:
+    """`rows_in_place` for devices of these hosts: those of host 0 hold the first rows, ..."""
+    by_host = np.argsort(np.repeat(hosts, rows // len(hosts)), kind="stable")
+    return np.argsort(by_host)
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:

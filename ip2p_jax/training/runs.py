@@ -16,12 +16,12 @@ from etils import epath
 from jaxtyping import Array, Key
 
 from ip2p_jax import config
-from ip2p_jax.data.transforms import tokenize
+from ip2p_jax.data.tokens import tokenize
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, from_diffusers
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.training import logs
-from ip2p_jax.training.state import run_keys
-from ip2p_jax.training.tasks import Start, Task, edit_task, given, latent_std, scratch, vae_task
+from ip2p_jax.training.state import Start, run_keys
+from ip2p_jax.training.tasks import Task, edit_task, given, latent_std, scratch, vae_task
 from ip2p_jax.types import Batch, Params
 from ip2p_jax.weights import configs
 from ip2p_jax.weights.hub import ASSETS, copy_tree, fetch
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
     task: Task
     tokenizer: Any
-    finish: Callable[[Params, Iterator[Batch]], None]
+    finish: Callable[[Params, Iterator[Batch]], None]  # takes the EMA and batches on devices
 
 
 def compute_type(cfg: config.Config) -> Any:
@@ -68,11 +68,7 @@ def prepare_edit(cfg: config.Config, workdir: str, fresh: bool) -> Run:
     """InstructPix2Pix, from a pretrained model or from scratch. A fresh run writes DIR/base."""
     trained = ("unet", "text") if cfg.model.train_text else ("unet",)
     p = open_sources(cfg.model) if fresh else load_base(base_folder(workdir), trained)
-    if cfg.data.resolution % p.config.multiple:
-        raise ValueError(
-            f"config.data.resolution is {cfg.data.resolution}, expected a multiple of "
-            f"{p.config.multiple} for this model"
-        )
+    check_resolution(cfg, p.config.multiple)
     frozen = {part: params for part, params in p.params.items() if part not in trained}
     if fresh:
         write_base(workdir, dataclasses.replace(p, params=frozen))
@@ -87,6 +83,15 @@ def prepare_edit(cfg: config.Config, workdir: str, fresh: bool) -> Run:
         dtype=compute_type(cfg),
     )
     return Run(task, p.tokenizer, lambda ema, batches: None)
+
+
+def check_resolution(cfg: config.Config, multiple: int) -> None:
+    """Raises ValueError for pictures that the networks cannot take."""
+    if cfg.data.resolution % multiple:
+        raise ValueError(
+            f"config.data.resolution is {cfg.data.resolution}, expected a multiple of {multiple} "
+            "for this model"
+        )
 
 
 def start_of(p: Pretrained, trained: Sequence[str], fresh: bool, key: Key[Array, ""]) -> Start:
@@ -167,6 +172,7 @@ def write_base(workdir: str, p: Pretrained) -> None:
 def prepare_vae(cfg: config.Config, workdir: str, fresh: bool) -> Run:
     """A VAE from scratch. The instructions of the pairs are not used."""
     sizes = cfg.model.dims
+    check_resolution(cfg, sizes.vae.factor)
     task = vae_task(
         sizes,
         kl_weight=cfg.objective.kl_weight,

@@ -2,13 +2,14 @@
 """The training state, how it begins, and the step that changes it. Plain pytrees throughout."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ip2p_jax.training.optim import ema_decay
 from ip2p_jax.types import Batch, Params, TrainState
@@ -18,6 +19,15 @@ Metrics = dict[str, Float[Array, "2"]]
 
 Loss = Callable[[Params, Params, Batch, Key[Array, " b"]], tuple[Float[Array, ""], Metrics]]
 """`loss(params, frozen, batch, keys)`: the scalar to minimise and what to log; a key a row."""
+
+
+class Start(NamedTuple):
+    """Where training starts: the shapes of what is trained, and `make(shardings)`, which puts the
+    parameters on devices. By part: "unet", "text" or "vae"."""
+
+    shapes: Params
+    make: Callable[[Any], Params]
+
 
 Step = Callable[[TrainState, Params, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]
 
@@ -34,18 +44,15 @@ def begin(params: Params, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 
 
-def init_state(
-    init: Callable[..., Params], args: tuple, tx: optax.GradientTransformation, shardings: Any
-) -> TrainState:
-    """Computes `begin(init(*args))` in place: each device makes only the shards it keeps."""
-    return jax.jit(lambda *args: begin(init(*args), tx), out_shardings=shardings)(*args)
+def init_state(start: Start, tx: optax.GradientTransformation, shardings: Any) -> TrainState:
+    """Computes `begin` in place: no device ever holds more than the shards that it keeps."""
+    compute = jax.jit(lambda params: begin(params, tx), donate_argnums=0, out_shardings=shardings)
+    return compute(start.make(shardings.params))
 
 
-def abstract_state(
-    init: Callable[..., Params], args: tuple, tx: optax.GradientTransformation
-) -> TrainState:
+def abstract_state(start: Start, tx: optax.GradientTransformation) -> TrainState:
     """Returns the shapes and types of `init_state`; computes nothing."""
-    return jax.eval_shape(lambda *args: begin(init(*args), tx), *args)
+    return jax.eval_shape(lambda params: begin(params, tx), start.shapes)
 
 
 def run_keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
@@ -54,22 +61,28 @@ def run_keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
     return init_key, step_key
 
 
-def row_keys(key: Key[Array, ""], step: Any, rows: int) -> Key[Array, " b"]:
-    """One key for each row of the global batch, whatever devices and hosts hold the rows."""
+def row_keys(key: Key[Array, ""], step: Any, rows: Int[Any, " b"]) -> Key[Array, " b"]:
+    """One key for each of these rows of the global batch, whatever devices and hosts hold them."""
     key = jax.random.fold_in(key, step)
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformation, decay_bound: float) -> Step:
+def make_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    decay_bound: float,
+    rows: Int[np.ndarray, " b"],
+) -> Step:
     """Builds the step of one micro-batch: gradient, optimizer, EMA.
 
+    `rows` are those of the global batch, as they lie on the devices (`mesh.rows_in_place`).
     `frozen` is an argument and never a closure, so it is not baked into the compiled program.
     """
 
     def step(
         state: TrainState, frozen: Params, batch: Batch, key: Key[Array, ""]
     ) -> tuple[TrainState, Metrics]:
-        keys = row_keys(key, state.step, batch.tokens.shape[0])
+        keys = row_keys(key, state.step, rows)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, frozen, batch, keys
         )

@@ -5,6 +5,8 @@ Two tasks share one loop: `edit_task`, InstructPix2Pix, and `vae_task`, the auto
 models need. Which one is decided when the task is built, never in the step.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,29 +17,22 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
-from ip2p_jax.diffusion.denoise import denoiser, guide_edit, one_batch
 from ip2p_jax.diffusion.grids import grid
 from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.objective import Losses, diffusion_loss, sample_posterior
-from ip2p_jax.diffusion.samplers import sample_euler_ancestral
+from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.diffusion.schedule import Schedule
-from ip2p_jax.models.clip import CLIPText
+from ip2p_jax.guided import EditBatch, TextBatch, edit, seed_keys
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import ModelConfig
-from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
-from ip2p_jax.training.state import Loss, Metrics, mean
+from ip2p_jax.networks import Networks, networks, to_pixels, to_uint8
+from ip2p_jax.training import mesh
+from ip2p_jax.training.state import Loss, Metrics, Start, mean
 from ip2p_jax.types import Batch, Conditioning, Params
 
-Sample = Callable[[Params, Params, Batch], Float[Array, "b h w c"]]
-"""`sample(ema, frozen, batch)`: what the model makes of a batch, pixels in [-1, 1]."""
-
-
-class Start(NamedTuple):
-    """`init(*args)` gives the trained parameters by part, "unet", "text" or "vae"."""
-
-    init: Callable[..., Params]
-    args: tuple
+Sample = Callable[[Params, Params, Batch], UInt8[Array, "b h w 3"]]
+"""`sample(ema, frozen, batch)`: what the model makes of a batch."""
 
 
 class Task(NamedTuple):
@@ -50,29 +45,34 @@ class Task(NamedTuple):
     sample: Sample
 
 
-def pixels(x: UInt8[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
-    """uint8 in 0..255 to float32 in [-1, 1]."""
-    return x.astype(jnp.float32) / 127.5 - 1.0
-
-
 def given(params: Params) -> Start:
-    """Starts from these parameters."""
-    return Start(lambda params: params, (params,))
+    """Starts from these parameters, on the host. Only shapes will do if they are not to be made."""
+    return Start(params, lambda shardings: jax.tree.map(mesh.put, params, shardings))
 
 
 def scratch(key: Key[Array, ""], **parts: tuple[Callable[..., nnx.Module], Any]) -> Start:
     """Starts from random parameters of each part, given as (network, its dimensions)."""
 
-    def init(key: Key[Array, ""]) -> Params:
-        params = {}
-        for part_key, (name, (network, cfg)) in zip(
-            jax.random.split(key, len(parts)), parts.items(), strict=True
-        ):
-            module = network(cfg, rngs=nnx.Rngs(part_key))
-            params[name] = nnx.to_pure_dict(nnx.state(module))
-        return params
+    def init() -> Params:
+        keys = jax.random.split(key, len(parts))
+        return {
+            name: random_params(network, cfg, part_key)
+            for part_key, (name, (network, cfg)) in zip(keys, parts.items(), strict=True)
+        }
 
-    return Start(init, (key,))
+    shapes = {name: abstract(*part)[1] for name, part in parts.items()}
+    return Start(shapes, lambda shardings: jax.jit(init, out_shardings=shardings)())
+
+
+def random_params(network: Callable[..., nnx.Module], cfg: Any, key: Key[Array, ""]) -> Params:
+    """Parameters of a new network. Counting keys under a trace would cost seconds."""
+    rngs, count = nnx.Rngs(key), itertools.count()
+
+    def fresh() -> Key[Array, ""]:
+        return jax.random.fold_in(key, next(count))
+
+    rngs.params = fresh  # pyright: ignore[reportAttributeAccessIssue]
+    return nnx.to_pure_dict(nnx.state(network(cfg, rngs=rngs)))
 
 
 def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Array, ""]) -> Task:
@@ -89,7 +89,7 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
     def loss(
         params: Params, frozen: Params, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Metrics]:
-        x = pixels(jnp.stack([batch.input, batch.output], axis=1))
+        x = to_pixels(jnp.stack([batch.input, batch.output], axis=1))
         x = rearrange(x, "b pair h w c -> (b pair) h w c")
         keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys).reshape(-1)
         vae = nnx.merge(graphdef, params["vae"])
@@ -102,9 +102,9 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
         logs = {"mse": mean(jnp.mean(d**2)), "kl": mean(jnp.mean(kl))}
         return value, logs
 
-    def sample(ema: Params, frozen: Params, batch: Batch) -> Float[Array, "b h w c"]:
+    def sample(ema: Params, frozen: Params, batch: Batch) -> UInt8[Array, "b h w 3"]:
         vae = nnx.merge(graphdef, ema["vae"])
-        return vae.decode(vae.encode(pixels(batch.input)).mean)
+        return to_uint8(vae.decode(vae.encode(to_pixels(batch.input)).mean))
 
     return Task(config, scratch(key, vae=(VAE, config.vae)), {}, loss, sample)
 
@@ -112,7 +112,7 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
 def latent_std(config: ModelConfig, vae: Params, batches: list[Batch]) -> float:
     """Standard deviation of the latents of `batches`, whose inverse is the VAE's scaling factor."""
     graphdef, _ = abstract(VAE, config.vae)
-    encode = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(pixels(x)).mean)
+    encode = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(to_pixels(x)).mean)
     latents = [encode(vae, x) for batch in batches for x in (batch.input, batch.output)]
     return float(jnp.std(jnp.concatenate(latents)))
 
@@ -132,7 +132,7 @@ def edit_task(
 
     `null_tokens` are those of the empty text, `frozen` the parameters of the VAE at least.
     """
-    nets = graphs(config, dtype)
+    nets = networks(config, dtype)
     if "text" in frozen:
         tower = jax.jit(lambda params, tokens: nnx.merge(nets.text, params)(tokens))
         null_text = tower(frozen["text"], null_tokens[None])[0]
@@ -147,25 +147,8 @@ def edit_task(
         start,
         frozen,
         edit_loss(nets, encode, schedule, scaling, drop_rate),
-        edit_sample(nets, encode, schedule, scaling, sample_steps),
+        edit_sample(nets, config, schedule, sample_steps, null_tokens),
     )
-
-
-class Graphs(NamedTuple):
-    """The networks of an editor without their parameters."""
-
-    unet: Any
-    vae: Any
-    text: Any
-
-
-def graphs(config: ModelConfig, dtype: Any) -> Graphs:
-    """The structure of the three networks, computing in `dtype`."""
-
-    def graph(network: type[nnx.Module], cfg: Any) -> Any:
-        return abstract(network, cfg, dtype=dtype)[0]
-
-    return Graphs(graph(UNet, config.unet), graph(VAE, config.vae), graph(CLIPText, config.text))
 
 
 Encode = Callable[[Params, Params, Any], tuple[Float[Array, "b n c"], Float[Array, "n c"]]]
@@ -203,7 +186,7 @@ def quartiles(losses: Losses, steps: int) -> Metrics:
 
 
 def edit_loss(
-    nets: Graphs, encode: Encode, schedule: Schedule, scaling: float, drop_rate: float
+    nets: Networks, encode: Encode, schedule: Schedule, scaling: float, drop_rate: float
 ) -> Loss:
     """InstructPix2Pix's objective (section 3.2).
 
@@ -215,9 +198,9 @@ def edit_loss(
     ) -> tuple[Float[Array, ""], Metrics]:
         vae, unet = nnx.merge(nets.vae, frozen["vae"]), nnx.merge(nets.unet, params["unet"])
         z_keys, loss_keys = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)
-        z0 = sample_posterior(z_keys, *vae.encode(pixels(batch.output))) * scaling
+        z0 = sample_posterior(z_keys, *vae.encode(to_pixels(batch.output))) * scaling
         text, null_text = encode(params, frozen, batch.tokens)
-        cond = Conditioning(text, vae.encode(pixels(batch.input)).mean)
+        cond = Conditioning(text, vae.encode(to_pixels(batch.input)).mean)
         value, losses = diffusion_loss(unet, schedule, loss_keys, z0, cond, null_text, drop_rate)
         return value, quartiles(losses, len(schedule.alpha_bar))
 
@@ -225,26 +208,25 @@ def edit_loss(
 
 
 def edit_sample(
-    nets: Graphs, encode: Encode, schedule: Schedule, scaling: float, steps: int
+    nets: Networks,
+    config: ModelConfig,
+    schedule: Schedule,
+    steps: int,
+    null_tokens: Int32[np.ndarray, "n"],
 ) -> Sample:
     """Edits a batch with the paper's guidance (7.5, 1.5), one fixed noise a row."""
-    levels = grid("euler_ancestral", steps, schedule)
+    name = "euler_ancestral"
+    points = grid(name, steps, schedule)
+    guided = functools.partial(edit, SAMPLERS[name], schedule, nets, config.vae.scaling_factor)
 
-    def sample(ema: Params, frozen: Params, batch: Batch) -> Float[Array, "b h w c"]:
-        def network(z, t, text):
-            return nnx.merge(nets.unet, ema["unet"])(z, t, text)
-
-        vae = nnx.merge(nets.vae, frozen["vae"])
-        text, null_text = encode(ema, frozen, batch.tokens)
-        cond = Conditioning(text, vae.encode(pixels(batch.input)).mean)
-        null = jnp.broadcast_to(null_text[None], text.shape)
-        rows = jnp.ones(len(text))
-        denoise = guide_edit(
-            denoiser(one_batch(network), schedule), cond, null, 7.5 * rows, 1.5 * rows
-        )
-        keys = jax.vmap(jax.random.key)(jnp.arange(len(text)))
-        start, steps = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)
-        noise = unit_noise(start, cond.image.shape[1:])
-        return vae.decode(sample_euler_ancestral(denoise, noise, levels, steps) / scaling)
+    def sample(ema: Params, frozen: Params, batch: Batch) -> UInt8[Array, "b h w 3"]:
+        b, h, w, _ = batch.input.shape
+        start, keys = seed_keys(jnp.arange(b, dtype=jnp.uint32))
+        null = jnp.broadcast_to(null_tokens[None], batch.tokens.shape)
+        rows, factor = jnp.ones(b), config.vae.factor
+        noise = unit_noise(start, (h // factor, w // factor, config.vae.latent_channels))
+        text = TextBatch(batch.tokens, null, 7.5 * rows, noise, keys)
+        edits = EditBatch(text, batch.input, 1.5 * rows)
+        return guided(frozen | ema, edits, points).images
 
     return sample

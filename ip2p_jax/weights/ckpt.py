@@ -2,8 +2,9 @@
 """torch's `.ckpt` files, read without torch and without running what they carry.
 
 A checkpoint is a pickle, and a pickle names functions to call. This unpickler knows a fixed list of
-names, each bound to something of ours; names from pytorch_lightning become inert dicts, their code
-is neither imported nor called; every other name is refused. Tensors are views of the mapped file.
+names, each bound to something of ours; names from pytorch_lightning become inert dicts, and
+modules of a TorchScript archive the bare list of what they hold: their code is neither read nor
+called. Every other name is refused. Tensors are views of the mapped file.
 Both of torch's layouts are read: a zip archive (since 1.6) and the older sequence of pickles.
 """
 
@@ -97,6 +98,18 @@ class Inert(dict):
         pass
 
 
+class Scripted:
+    """Stands for a module of a TorchScript archive: holds its attributes and does nothing."""
+
+    def __new__(cls, *args):
+        module = super().__new__(cls)
+        module.attributes = {}
+        return module
+
+    def __setstate__(self, state):
+        self.attributes = dict(state)
+
+
 def rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
     """`torch._utils._rebuild_tensor_v2`."""
     if not isinstance(storage, Storage):
@@ -129,6 +142,12 @@ def latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def typed(value: Any, *_) -> Any:
+    """`torch.jit._pickle`, which says of what type lists and dicts are."""
+    return value
+
+
+TYPED = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
 ALLOWED: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor": rebuild_tensor,
@@ -138,6 +157,7 @@ ALLOWED: dict[str, Any] = {
     "numpy.core.multiarray.scalar": numpy_scalar,
     "numpy._core.multiarray.scalar": numpy_scalar,
     "_codecs.encode": latin1,
+    **{f"torch.jit._pickle.{name}": typed for name in (*TYPED, "restore_type_tag")},
     **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
 }
 
@@ -152,6 +172,8 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] in ("pytorch_lightning", "lightning"):
             return Inert
+        if module.split(".")[0] == "__torch__":
+            return Scripted
         if f"{module}.{name}" not in ALLOWED:
             raise ValueError(f"asks for {module}.{name}, which no checkpoint needs: not loaded")
         return ALLOWED[f"{module}.{name}"]
@@ -165,6 +187,8 @@ class Unpickler(pickle.Unpickler):
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a checkpoint's `state_dict`, or of the file itself where it is one.
+
+    Of a TorchScript archive (`torch.jit.save`) these are the tensors of its module.
 
     Raises:
       ValueError: the file asks for code, or is not a sound checkpoint; nothing has been executed.
@@ -188,10 +212,25 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def named_tensors(content: Any) -> list[tuple[str, Tensor]]:
     """The tensors of a state dict, which Lightning keeps among other things."""
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    named = [(str(k), x) for k, x in state.items() if isinstance(x, Tensor)] if state else []
+    if isinstance(content, Scripted):
+        named = scripted_tensors(content)
+    else:
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        named = [(str(k), x) for k, x in state.items() if isinstance(x, Tensor)] if state else []
     if not named:
         raise ValueError("holds no state_dict of tensors")
+    return named
+
+
+def scripted_tensors(module: Scripted, prefix: str = "") -> list[tuple[str, Tensor]]:
+    """The tensors of a scripted module and, by dotted names, of those within it."""
+    named, attributes = [], module.attributes
+    module.attributes = {}  # a module that is met again is empty, so that the walk ends
+    for name, x in attributes.items():
+        if isinstance(x, Tensor):
+            named.append((f"{prefix}{name}", x))
+        elif isinstance(x, Scripted):
+            named += scripted_tensors(x, f"{prefix}{name}.")
     return named
 
 

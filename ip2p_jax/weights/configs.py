@@ -8,7 +8,7 @@ keys that change nothing (sample sizes, dropout, versions) are accepted.
 from collections.abc import Mapping
 from typing import Any
 
-from ip2p_jax.models.presets import TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ip2p_jax.models.presets import CLIPConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 
 Json = dict[str, Any]
 
@@ -68,6 +68,7 @@ UNET_BLOCKS = {
     "UpBlock2D": False,
 }
 VAE_FIXED = {
+    "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "in_channels": 3,
     "latents_mean": None,
@@ -264,6 +265,8 @@ def text_from_json(config: Json, source: str) -> TextConfig:
     got = read(config, source, TEXT_READ, TEXT_FIXED)
     if got["hidden_act"] not in ("quick_gelu", "gelu"):
         raise ValueError(f"{source}: hidden_act {got['hidden_act']} is not quick_gelu or gelu")
+    if not isinstance(got["eos_token_id"], int):
+        raise ValueError(f"{source}: eos_token_id {got['eos_token_id']!r} is not one token id")
     return TextConfig(
         vocab_size=got["vocab_size"],
         width=got["hidden_size"],
@@ -323,3 +326,13 @@ def vision_from_json(config: Json, source: str) -> VisionConfig:
         projection_dim=config.get("projection_dim", 512),
         activation=got["hidden_act"],
     )
+
+
+def clip_from_json(config: Json, source: str) -> CLIPConfig:
+    """Reads transformers' `CLIPConfig`, both towers; raises as `vision_from_json`.
+
+    Older files state the text tower as `text_config_dict` too, which then holds alone.
+    """
+    read(config, source, {}, {"model_type": "clip"})
+    text = config.get("text_config_dict") or config.get("text_config") or {}
+    return CLIPConfig(text_from_json(text, source), vision_from_json(config, source))

@@ -19,14 +19,30 @@ WEIGHTS = {
 }
 """Folders of a diffusers model that hold weights, and what their files are called."""
 
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+CLIP = ("config.json", *TOKENIZER)
+CLIP_SAFETENSORS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+)
+CLIP_PICKLED = "pytorch_model.bin"
+"""Files of a CLIP of transformers; the pickled ones of some repositories are the only ones."""
+
 
 def embedded() -> list[str]:
     """Names of the models that ship with the package."""
     return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
 
 
-def locate(model: str, revision: str | None, variant: str | None, safety: bool) -> Path:
-    """Returns the file or folder of `model`, downloading what is needed of a hub id.
+def locate(model: str, revision: str | None, wanted: list[str]) -> Path:
+    """Returns the file or folder of `model`, downloading the files `wanted` of a hub id.
 
     An embedded model's name comes first (`./photos` is the folder), then paths, then hub ids.
 
@@ -41,11 +57,28 @@ def locate(model: str, revision: str | None, variant: str | None, safety: bool) 
     if path.exists():
         return path
     if HUB_ID.fullmatch(model) and path.suffix not in (".safetensors", ".ckpt"):
-        return download(model, revision, variant, safety)
+        return download(model, revision, wanted)
     raise FileNotFoundError(
         f"{model}: no such file or folder, not a hub id (owner/name), and not an embedded model "
         f"({', '.join(embedded()) or 'none'})"
     )
+
+
+def locate_clip(model: str, revision: str | None) -> Path:
+    """Returns the file or folder of a CLIP, downloading what is needed of a hub id.
+
+    Raises:
+      FileNotFoundError: there is no such thing, or no way to get it.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(model) or path.suffix in (".safetensors", ".pt", ".bin"):
+        raise FileNotFoundError(f"{model}: no such file or folder, and not a hub id (owner/name)")
+    folder = download(model, revision, [*CLIP, *CLIP_SAFETENSORS])
+    if any(folder.glob("model*.safetensors")):
+        return folder
+    return download(model, revision, [*CLIP, CLIP_PICKLED])
 
 
 def fetch(source: epath.Path) -> Path:
@@ -76,25 +109,34 @@ def file_names(stem: str, variant: str | None) -> tuple[str, str]:
     return f"{stem}{dot}.safetensors", f"{stem}.safetensors.index{dot}.json"
 
 
+def vae_patterns() -> list[str]:
+    """What is needed of a hub repository that holds a VAE, alone or in its folder."""
+    names = ["config.json", *weight_patterns("vae", None)]
+    return [place + name for place in ("", "vae/") for name in names]
+
+
 def patterns(variant: str | None, safety: bool) -> list[str]:
     """What of a hub repository is needed: no other variant, no other framework's weights."""
-    dot = f".{variant}" if variant else ""
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
     wanted += ["feature_extractor/*.json"] if safety else []
-    for folder, stem in WEIGHTS.items():
-        if folder == "safety_checker" and not safety:
-            continue
-        names = [*file_names(stem, variant), f"{stem}-?????-of-?????{dot}.safetensors"]
-        names += [f"{stem}{dot}-?????-of-?????.safetensors"] if variant else []
-        wanted += [f"{folder}/config.json", *(f"{folder}/{name}" for name in names)]
+    for folder in WEIGHTS:
+        if folder != "safety_checker" or safety:
+            names = ["config.json", *weight_patterns(folder, variant)]
+            wanted += [f"{folder}/{name}" for name in names]
     return wanted
 
 
-def download(model: str, revision: str | None, variant: str | None, safety: bool) -> Path:
+def weight_patterns(folder: str, variant: str | None) -> list[str]:
+    """The weights' files of a folder: one, or an index and the shards it names."""
+    stem, dot = WEIGHTS[folder], f".{variant}" if variant else ""
+    names = [*file_names(stem, variant), f"{stem}-?????-of-?????{dot}.safetensors"]
+    return names + ([f"{stem}{dot}-?????-of-?????.safetensors"] if variant else [])
+
+
+def download(model: str, revision: str | None, wanted: list[str]) -> Path:
     """Returns the local snapshot of a hub id; without network, what the cache holds of it."""
     at = f"{model} (revision {revision})" if revision else model
     try:
-        wanted = patterns(variant, safety)
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(

@@ -47,15 +47,22 @@ def weights(tensors: Tensors) -> dict[str, np.ndarray]:
     kept = {name: x for name, x in tensors.items() if not NOT_WEIGHTS.fullmatch(name)}
     if any(name.startswith(EMA) for name in kept):
         kept = {name: x for name, x in kept.items() if not name.startswith(UNET)}
-    for name in [name for name in kept if FUSED.fullmatch(name)]:
-        head, _, leaf = name.rpartition("in_proj_")
-        for letter, x in zip("qkv", np.split(kept.pop(name), 3), strict=True):
-            kept[f"{head}{letter}_proj.{leaf}"] = x
-    return kept
+    return unfuse(kept)
+
+
+def unfuse(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Takes the fused projections of CLIP's original code apart into q, k and v."""
+    apart = dict(tensors)
+    for name, fused in tensors.items():
+        if FUSED.fullmatch(name) and fused.ndim and len(fused) % 3 == 0:
+            head, _, leaf = name.rpartition("in_proj_")
+            for letter, x in zip("qkv", np.split(apart.pop(name), 3), strict=True):
+                apart[f"{head}{letter}_proj.{leaf}"] = x
+    return apart
 
 
 def fuse(tensors: Tensors) -> dict[str, np.ndarray]:
-    """The inverse of what `weights` does to open_clip's projections."""
+    """The inverse of `unfuse`."""
     fused = dict(tensors)
     for name in tensors:
         if re.fullmatch(r".*\.attn\.q_proj\.(weight|bias)", name):
@@ -122,13 +129,28 @@ def read_config(tensors: Tensors, source: str) -> ModelConfig:
     shapes = {name: x.shape for name, x in tensors.items()}
     try:
         text = text_config(shapes)
-        unet, vae = unet_config(shapes, is_open_clip(text)), vae_config(shapes)
+        unet = unet_config(shapes, is_open_clip(text))
     except KeyError as error:
         raise ValueError(f"{source}: no tensor {error}, so not a Stable Diffusion file") from error
-    for width in (*unet.channels, *vae.channels):
+    check_groups(unet.channels, source)
+    return ModelConfig(unet, read_vae_config(tensors, source), text)
+
+
+def read_vae_config(tensors: Tensors, source: str) -> VAEConfig:
+    """Reads the dimensions of the VAE; raises as `read_config`."""
+    try:
+        vae = vae_config({name: x.shape for name, x in tensors.items()})
+    except KeyError as error:
+        raise ValueError(f"{source}: no tensor {error}, so no VAE of Stable Diffusion") from error
+    check_groups(vae.channels, source)
+    return vae
+
+
+def check_groups(widths: tuple[int, ...], source: str) -> None:
+    """Refuses widths that GroupNorm cannot divide."""
+    for width in widths:
         if width % GROUPS:
             raise ValueError(f"{source}: a width of {width} does not divide into {GROUPS} groups")
-    return ModelConfig(unet, vae, text)
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]], is_sd2: bool) -> UNetConfig:

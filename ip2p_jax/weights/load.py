@@ -25,7 +25,7 @@ from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
 from ip2p_jax.types import Params
 from ip2p_jax.weights import ckpt, configs, ldm, tensor_file
-from ip2p_jax.weights.hub import ASSETS, WEIGHTS, file_names, locate
+from ip2p_jax.weights.hub import ASSETS, WEIGHTS, file_names, locate, patterns, vae_patterns
 from ip2p_jax.weights.names import POSITION_IDS, Names, detect, diffusers_spelling
 from ip2p_jax.weights.port import fault, from_torch, to_torch
 
@@ -82,17 +82,21 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
     safety: bool = False,
+    vae: str | None = None,
 ) -> Pretrained:
     """Opens `model`: a hub id, a diffusers folder, one `.safetensors` or `.ckpt` in LDM naming, a
     run directory of ours, or the name of an embedded model.
 
     revision: branch, tag or commit of a hub id. variant: of a folder's or hub id's files, e.g.
-    "fp16". safety: whether the safety checker of a hub id is wanted too (1.2 GB).
+    "fp16". safety: whether the safety checker of a hub id is wanted too (1.2 GB). vae: what
+    `load_vae` takes; its VAE takes the place of the model's own.
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file or tensor and what was expected.
     """
-    path = locate(model, revision, variant, safety)
+    if vae is not None:
+        return with_vae(load(model, revision=revision, variant=variant, safety=safety), vae)
+    path = locate(model, revision, patterns(variant, safety))
     if path.is_file():
         return load_ldm(path)
     if "://" in model:
@@ -126,19 +130,56 @@ def load_base(base: Path, trained: Collection[str]) -> Pretrained:
 
 
 def load_vae(model: str) -> tuple[VAEConfig, Params]:
-    """Opens only the VAE of `model`, which may be the run directory that trains a VAE."""
-    path = locate(model, None, None, False)
+    """Opens only the VAE of `model`: of what `load` takes, of a run that trained a VAE, or of the
+    folder, hub id or LDM file of a VAE alone. Raises as `load`."""
+    path = locate(model, None, vae_patterns())
     if path.is_file():
-        whole = load_ldm(path)
-        return whole.config.vae, whole.params["vae"]
+        return load_ldm_vae(path)
+    if (path / "checkpoints").is_dir() and not (path / "base").is_dir():
+        raise FileNotFoundError(
+            f"{model}: a training run that has not finished (no base/vae/config.json inside, which "
+            "its last step writes); run it to its end first"
+        )
     is_run = "://" in model or (path / "base").is_dir()
     ema = restore_ema(epath.Path(model)) if is_run else {}
-    folder = path / "base" if (path / "base").is_dir() else path
-    cfg = part_config(folder, "vae")
+    folder = vae_folder(path / "base" if (path / "base").is_dir() else path)
+    cfg = configs.vae_from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     if "vae" in ema:
         return cfg, from_torch(abstract_part("vae", cfg), to_torch(ema["vae"]), f"{model}: vae")
-    tensors, source = read_part(folder, "vae", None)
+    tensors, source = read_weights(folder, WEIGHTS["vae"])
     return cfg, port_part("vae", cfg, tensors, detect({"vae": tensors}), source)
+
+
+def vae_folder(path: Path) -> Path:
+    """Where in a folder the VAE is: under vae/, or the folder is that of a VAE alone."""
+    if (path / "vae").is_dir():
+        return path / "vae"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no VAE (neither vae/ nor a VAE's config.json inside)")
+    return path
+
+
+def load_ldm_vae(path: Path) -> tuple[VAEConfig, Params]:
+    """Opens the VAE of a file in LDM naming, that of a whole model or of a VAE alone."""
+    tensors, metadata = read_tensors(path)
+    if not any(name.startswith(ldm.VAE) for name in tensors):
+        tensors = {ldm.VAE + name: x for name, x in tensors.items()}
+    kept = {name: x for name, x in ldm.weights(tensors).items() if name.startswith(ldm.VAE)}
+    ours = read_metadata(metadata, str(path))
+    if ours:
+        cfg = configs.vae_from_json(ours["vae"], f"{path}: metadata")
+    else:
+        cfg = ldm.read_vae_config(kept, str(path))
+    spell = ldm.spelling("vae", ModelConfig(vae=cfg))
+    return cfg, from_torch(abstract_part("vae", cfg), kept, str(path), spell)
+
+
+def with_vae(p: Pretrained, vae: str) -> Pretrained:
+    """`p` with the VAE of `vae` in the place of its own; ValueError if the UNet does not fit it."""
+    sizes, params = load_vae(vae)
+    config = replace(p.config, vae=sizes)
+    check_fit(config, vae)
+    return replace(p, config=config, params=p.params | {"vae": params})
 
 
 def load_folder(
@@ -188,9 +229,16 @@ def read_json(path: Path) -> dict:
 
 
 def read_part(path: Path, part: str, variant: str | None) -> tuple[dict[str, np.ndarray], str]:
-    """Reads a part's tensors, from one file or the shards of an index; also names the source."""
+    """Reads a part's tensors; also names the source."""
     folder = path / PARTS[part].folder
-    single, index = (folder / n for n in file_names(WEIGHTS[folder.name], variant))
+    return read_weights(folder, WEIGHTS[folder.name], variant)
+
+
+def read_weights(
+    folder: Path, stem: str, variant: str | None = None
+) -> tuple[dict[str, np.ndarray], str]:
+    """Reads a folder's tensors, from one file or the shards of an index; also names the source."""
+    single, index = (folder / n for n in file_names(stem, variant))
     if single.is_file():
         return tensor_file.read(single)[0], str(single)
     if not index.is_file():
@@ -246,11 +294,8 @@ def open_tokenizer(path: Path) -> CLIPTokenizer:
 
 
 def load_ldm(path: Path) -> Pretrained:
-    """Opens a single file in LDM naming; `.safetensors` by its header, anything else as `.ckpt`."""
-    if path.suffix == ".safetensors":
-        tensors, metadata = tensor_file.read(path)
-    else:
-        tensors, metadata = ckpt.read(path), {}
+    """Opens a single file in LDM naming."""
+    tensors, metadata = read_tensors(path)
     ours = read_metadata(metadata, str(path))
     if ours:
         read = (PARTS[part].from_json(ours[part], f"{path}: metadata") for part in PARTS)
@@ -277,6 +322,13 @@ def load_ldm(path: Path) -> Pretrained:
     )
 
 
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads (tensors, metadata) of a `.safetensors` file, or of anything else as a `.ckpt`."""
+    if path.suffix == ".safetensors":
+        return tensor_file.read(path)
+    return ckpt.read(path), {}
+
+
 def read_metadata(metadata: dict[str, str], source: str) -> dict:
     """What our own exports say of themselves; empty for other files."""
     if LDM_METADATA not in metadata:
@@ -299,7 +351,7 @@ def ldm_tokenizer(cfg: TextConfig, own: dict | None, source: str) -> CLIPTokeniz
     if cfg.vocab_size != TextConfig.vocab_size:
         raise ValueError(
             f"{source}: a vocabulary of {cfg.vocab_size} entries is not CLIP's "
-            f"{TextConfig.vocab_size}, and a single file brings none"
+            f"{TextConfig.vocab_size}, and it brings none"
         )
     pad = "!" if ldm.is_open_clip(cfg) else "<|endoftext|>"
     return CLIPTokenizer.from_pretrained(
@@ -318,7 +370,9 @@ def restore_ema(run: epath.Path) -> dict[str, Params]:
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint under {root}")
     item = root / str(max(steps)) / "ema"
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(item).item_metadata.tree
-        target = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), stored)
-        return checkpointer.restore(item, target)
+    handler = ocp.StandardCheckpointHandler()  # a checkpointer would look for a step's metadata
+    stored = handler.metadata(item).tree
+    target = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), stored)
+    restored = handler.restore(item, args=ocp.args.StandardRestore(target))
+    handler.close()
+    return restored

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ip2p_jax.models.presets import UNetConfig, VAEConfig
+from ip2p_jax.models.presets import CLIPConfig, UNetConfig, VAEConfig
 
 Spell = Callable[[str], str]
 Table = list[tuple[str, str]]
@@ -42,6 +42,9 @@ VAE_ATTENTION = [
     ("to_v.", "v."),
     ("to_out.0.", "proj_out."),
 ]
+CLIP_VISION = [("vision_model.visual_projection.", "visual_projection.")]
+"""transformers' projection stands beside the vision tower, ours is a part of it."""
+
 OPEN_CLIP_BLOCK = [
     ("layer_norm1.", "ln_1."),
     ("layer_norm2.", "ln_2."),
@@ -174,4 +177,23 @@ def open_clip_table(layers: int) -> Table:
     ]
     for i in range(layers):
         table += under(f"encoder.layers.{i}.", f"transformer.resblocks.{i}.", OPEN_CLIP_BLOCK)
+    return table
+
+
+def openai_clip_table(cfg: CLIPConfig) -> Table:
+    """OpenAI's CLIP, both towers; projections of q, k and v as in `open_clip_table`."""
+    vision, theirs = "vision_model.", "visual."
+    table = [
+        *under("text_model.", "", open_clip_table(cfg.text.layers)),
+        ("text_projection.weight", "text_projection"),
+        (f"{vision}embeddings.class_embedding", f"{theirs}class_embedding"),
+        (f"{vision}embeddings.patch_embedding.", f"{theirs}conv1."),
+        (f"{vision}embeddings.position_embedding.weight", f"{theirs}positional_embedding"),
+        (f"{vision}pre_layrnorm.", f"{theirs}ln_pre."),
+        (f"{vision}post_layernorm.", f"{theirs}ln_post."),
+        (f"{vision}visual_projection.weight", f"{theirs}proj"),
+    ]
+    for i in range(cfg.vision.layers):
+        layer, block = f"{vision}encoder.layers.{i}.", f"{theirs}transformer.resblocks.{i}."
+        table += under(layer, block, OPEN_CLIP_BLOCK)
     return table

@@ -1,28 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both pictures of a pair get one window and one flip; texts become tokens of fixed length."""
-
-from pathlib import Path
+"""Both pictures of a pair get one window and one flip."""
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPTokenizer
 
-import ip2p_jax
 from ip2p_jax.config import Data
 from ip2p_jax.data.pairs import Pair
-from ip2p_jax.data.transforms import View, draw_view, example, see, tokenize
+from ip2p_jax.data.transforms import View, draw_view, example, see
 from tests.data.released import encode, picture
 
 CFG = Data(resolution=24, resize_min=26, resize_max=40)
 X = picture(40, 2)
 PAIR = Pair(encode(X, "PNG"), encode(255 - X, "PNG"), "invert it", "", "", "0000000", "1")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    folder = Path(list(ip2p_jax.__path__)[0], "assets", "clip_tokenizer")
-    return CLIPTokenizer.from_pretrained(folder)
 
 
 def test_pictures_of_a_pair_share_window_and_flip():
@@ -57,23 +47,3 @@ def test_defaults_are_a_resize_without_crop():
 def test_a_picture_that_does_not_decode_is_named():
     with pytest.raises(ValueError, match="prompt 0000000, pair 1"):
         example(PAIR._replace(output=PAIR.output[:-60]), np.random.default_rng(0), CFG)
-
-
-def test_texts_are_cut_and_padded_to_77(tokenizer):
-    tokens = tokenize(tokenizer, ["make it blue", "", "word " * 300])
-    assert tokens.shape == (3, 77)
-    assert tokens.dtype == np.int32
-    start, end = 49406, 49407
-    assert tokens[0, :5].tolist() == [start, 1078, 585, 1746, end]
-    assert (tokens[:, 0] == start).all()
-    assert tokens[1, 1:].tolist() == [end] * 76  # SD 1.x pads with the end token
-    assert tokens[2, 76] == end
-    assert (tokens[2, 1:76] == tokens[2, 1]).all()
-
-
-def test_the_pad_token_is_the_tokenizers_own():
-    folder = Path(list(ip2p_jax.__path__)[0], "assets", "clip_tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, pad_token="!", model_max_length=16)
-    tokens = tokenize(tokenizer, ["make it blue"])
-    assert tokens.shape == (1, 16)
-    assert (tokens[0, 5:] == 0).all()  # SD 2.x pads with id 0

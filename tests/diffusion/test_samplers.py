@@ -32,6 +32,27 @@ def normal(shape, seed=1):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_after_is_applied_to_every_latent_at_its_level(sampler):
+    """`after` puts the level in the latent's place: that is denoised next, or the result."""
+    levels, seen = grid(sampler, 4, STABLE_DIFFUSION), []
+
+    def denoise(z, sigma):
+        seen.append((z, sigma))
+        return z / 2
+
+    def after(z, sigma):
+        return jnp.full_like(z, sigma)
+
+    noise = normal((1, 2, 2, 4))
+    with jax.disable_jit():
+        z = SAMPLERS[sampler](denoise, noise, levels, keys(1), after)
+    assert np.allclose(seen[0][0], levels.start * noise)
+    assert len(seen) >= 4
+    assert all((z == sigma).all() for z, sigma in seen[1:])
+    assert np.allclose(z, levels.end * levels.sigmas[-1])
+
+
 def test_names_are_those_of_the_grids():
     assert list(SAMPLERS) == list(CLASSES)
 

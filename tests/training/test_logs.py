@@ -3,6 +3,7 @@
 passes."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,20 @@ def test_lines_are_weighted_means(tmp_path):
     assert first == {"step": 2, "loss": 2.0, "grad_norm": 1.0, "param_norm": 2.0, "part": 1.5}
     assert second["step"] == 3 and second["loss"] == 5.0
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_saves_and_grids_are_no_steps(tmp_path, monkeypatch):
+    """4 rows a step; steps take a second, what stands between them 100."""
+    now = [0.0]
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with logs.open_logs(str(tmp_path), 0, 10) as log:
+        for step in range(1, 5):
+            now[0] += 1
+            log.add(step, metrics(1.0))
+            with log.paused():
+                now[0] += 100
+        log.flush(4)
+    assert lines(tmp_path)[0]["examples_per_second"] == 4.0
 
 
 def test_steps_beyond_the_checkpoint_are_dropped(tmp_path):
@@ -70,8 +85,3 @@ def test_grid(tmp_path):
         assert image.size == (18, 8)
         row = np.asarray(image)[0, :, 0]
     np.testing.assert_array_equal(row, [255] * 6 + [0] * 6 + [255] * 6)
-
-
-def test_to_uint8():
-    x = np.array([-2.0, -1.0, 0.0, 1.0, 3.0])
-    np.testing.assert_array_equal(logs.to_uint8(x), [0, 0, 128, 255, 255])

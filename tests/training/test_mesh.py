@@ -2,6 +2,7 @@
 """Claims: eight devices compute what one does, however the state is split over them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -10,7 +11,7 @@ from ip2p_jax.config import Mesh, Optim
 from ip2p_jax.training import mesh
 from ip2p_jax.training.optim import make_optimizer
 from ip2p_jax.training.state import abstract_state, init_state, jit_step, make_step
-from tests.training.tiny import KEY, batch, grid, put, tiny_task
+from tests.training.tiny import KEY, batch, grid, tiny_task
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,28 @@ def test_mesh_takes_what_the_other_axis_leaves():
             mesh.make_mesh(cfg)
 
 
+def test_rows_follow_their_hosts():
+    """Host 0 reads the first rows of a batch, wherever in the mesh its devices are."""
+    np.testing.assert_array_equal(mesh.in_place([0, 0, 1, 1], 8), np.arange(8))
+    np.testing.assert_array_equal(mesh.in_place([1, 0, 1, 0], 8), [4, 5, 0, 1, 6, 7, 2, 3])
+    np.testing.assert_array_equal(mesh.rows_in_place(grid(2, 4), 16), np.arange(16))
+    with pytest.raises(ValueError, match="config.data.batch_size is 12, .* of the 8 devices"):
+        mesh.rows_in_place(grid(2, 4), 12)
+
+
+def test_what_is_put_on_devices():
+    """Each device gets its part of an array, or all of it; frozen parameters in another type."""
+    x = np.arange(2**15, dtype=np.float32).reshape(128, 256)
+    devices = grid(2, 4)
+    split = mesh.put(x, mesh.state_shardings(devices, x))
+    assert {part.data.shape for part in split.addressable_shards} == {(128, 64)}
+    np.testing.assert_array_equal(split, x)
+    whole = mesh.put_whole(devices, {"x": x, "tokens": np.arange(3)}, jnp.bfloat16)
+    assert whole["x"].dtype == jnp.bfloat16 and whole["tokens"].dtype == jnp.int32
+    assert {part.data.shape for part in whole["x"].addressable_shards} == {(128, 256)}
+    assert len(whole["x"].addressable_shards) == 8
+
+
 def run(task, devices, steps: int = 2):
     """Losses, EMA, and the sharding of every parameter, after some steps.
 
@@ -45,11 +68,12 @@ def run(task, devices, steps: int = 2):
     """
     optim = Optim(lr=1e-2, eps=1e-2, accumulate=1)
     tx = make_optimizer(optim)
-    shardings = mesh.state_shardings(devices, abstract_state(*task.start, tx))
-    step = make_step(task.loss, tx, optim.ema_decay)
+    shardings = mesh.state_shardings(devices, abstract_state(task.start, tx))
+    step = make_step(task.loss, tx, optim.ema_decay, mesh.rows_in_place(devices, 8))
     step = jit_step(step, shardings, mesh.replicated(devices))
-    state = init_state(*task.start, tx, shardings)
-    frozen, key, losses = put(devices, task.frozen), put(devices, KEY), []
+    state = init_state(task.start, tx, shardings)
+    frozen, losses = mesh.put_whole(devices, task.frozen), []
+    key = jax.device_put(KEY, mesh.replicated(devices))
     for i in range(steps):
         state, metrics = step(state, frozen, mesh.put_batch(devices, batch(seed=i)), key)
         losses.append(float(metrics["loss"][0]))
@@ -80,7 +104,7 @@ def test_devices_agree(task, alone, data, fsdp):
     got, got_ema, split = run(task, grid(data, fsdp))
     np.testing.assert_allclose(got, losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got_ema, ema)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), ema, *task.start.args)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), ema, task.start.shapes)
     assert max(jax.tree.leaves(moved)) > 1e-3
     assert any("fsdp" in spec for spec in split) == (fsdp > 1)
     # control: had the devices other draws, the loss would be another

@@ -109,7 +109,7 @@ def test_ema_is_the_released_codes(bound):
             jnp.sum(g * p) for g, p in zip(frozen.values(), params.values(), strict=True)
         ), {}
 
-    step = jax.jit(make_step(loss, tx, cfg.ema_decay))
+    step = jax.jit(make_step(loss, tx, cfg.ema_decay, np.arange(1)))
     state = begin({n: jnp.asarray(x) for n, x in sorted(START.items())}, tx)
     per_micro, per_step = LitEma(START, bound), LitEma(START, bound)
     nothing = np.zeros((1, 1, 1, 3), np.uint8)

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import types
+import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -136,6 +137,57 @@ def test_lightning_names_are_not_called(tmp_path):
     """A call of a lightning name makes an inert dict, whatever its arguments."""
     pickled = b"cpytorch_lightning.os\nsystem\n(Vtouch executed\ntR."
     assert ckpt.Unpickler(io.BytesIO(pickled)).load() == {}
+
+
+class Nested(torch.nn.Module):
+    """What TorchScript keeps of a module: parameters, buffers, constants, modules within."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2).half())
+        self.register_buffer("size", torch.tensor(16))
+        self.bare = torch.nn.Parameter(torch.randn(2, 3))
+        self.numbers, self.shares, self.names = [1, 2], [0.5], {"a": 1}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.numbers[0] + self.shares[0] + self.names["a"]
+
+
+def test_torchscript_archives(tmp_path):
+    """The tensors of its modules are read; the archive's code need not even be code."""
+    module = Nested()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        torch.jit.save(torch.jit.script(module), tmp_path / "good.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pt") as good,
+        zipfile.ZipFile(path := tmp_path / "a.pt", "w") as bad,
+    ):
+        for name in good.namelist():
+            bad.writestr(name, b"import os" if "/code/" in name else good.read(name))
+    state, read = module.state_dict(), ckpt.read(path)
+    assert read.keys() == state.keys()
+    for name, x in state.items():
+        assert read[name].dtype == x.numpy().dtype
+        np.testing.assert_array_equal(read[name], x)
+
+
+def scripted(*opcodes: bytes) -> bytes:
+    return b"\x80\x02c__torch__.os\nsystem\n" + b"".join(opcodes) + b"."
+
+
+def test_torchscript_names_are_not_called():
+    """Calls of them make placeholders; one that contains itself is walked once."""
+    called = ckpt.Unpickler(io.BytesIO(scripted(b"(Vtouch executed\ntR"))).load()
+    assert type(called) is ckpt.Scripted and called.attributes == {}
+    tensor = ckpt.Tensor(ckpt.Storage(np.dtype(np.float32), "0"), 0, (1,), (1,))
+    called.attributes |= {"again": called, "weight": tensor, "text": "x"}
+    assert ckpt.named_tensors(called) == [("weight", tensor)]
+    with pytest.raises(ValueError, match="holds no state_dict of tensors"):
+        ckpt.named_tensors(ckpt.Scripted())
+    odd = scripted(b")\x81", b"K\x01b")  # its state is a number
+    with pytest.raises(ckpt.DAMAGED):
+        ckpt.Unpickler(io.BytesIO(odd)).load()
 
 
 def forged(tmp_path: Path, storage: bytes, tensor: ckpt.Tensor) -> Path:

@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from ip2p_jax.weights.hub import fetch, patterns
-from ip2p_jax.weights.load import load
+from ip2p_jax.weights.hub import CLIP, CLIP_SAFETENSORS, fetch, patterns, vae_patterns
+from ip2p_jax.weights.load import load, load_vae
 from tests.oracles import tiny_folder
 
 COMMITS = {"main": "31519b5cb02a7fd89b906d88731cd4d6a7bbf88d", "fp16": 40 * "a"}
@@ -43,6 +44,19 @@ def test_a_hub_id_opens_from_the_cache(cache, tiny_ip2p):
     got = load("owner/editor")
     assert got.config == load(str(tiny_ip2p)).config
     assert load("owner/editor", revision=COMMITS["main"]).config == got.config
+
+
+def test_a_vae_from_the_cache(cache, tiny_ip2p):
+    """The id of a VAE alone, and that of a whole model."""
+    put(cache, "owner/vae", "main", tiny_ip2p / "vae")
+    want = load(str(tiny_ip2p))
+    for name in ("owner/vae", "owner/editor"):
+        cfg, params = load_vae(name)
+        assert cfg == want.config.vae
+        kernel = params["decoder"]["conv_in"]["kernel"]
+        np.testing.assert_array_equal(kernel, want.params["vae"]["decoder"]["conv_in"]["kernel"])
+    with pytest.raises(FileNotFoundError, match="^owner/none: .*the hub cannot be reached"):
+        load_vae("owner/none")
 
 
 def test_revision_and_variant(cache, tmp_path):
@@ -116,6 +130,27 @@ def test_only_the_needed_files_are_asked_for():
         "safety_checker/config.json",
         "safety_checker/model.safetensors",
     }
+
+
+def test_a_clip_needs_one_kind_of_weights():
+    names = """README.md config.json flax_model.msgpack merges.txt preprocessor_config.json
+    model-00001-of-00002.safetensors model.fp16.safetensors model.safetensors
+    model.safetensors.index.json pytorch_model.bin special_tokens_map.json tf_model.h5
+    tokenizer.json tokenizer_config.json vocab.json onnx/config.json""".split()
+    text = {name for name in names if name.endswith((".json", ".txt")) and "index" not in name}
+    text -= {"preprocessor_config.json", "onnx/config.json"}
+    assert set(filter_repo_objects(names, allow_patterns=[*CLIP])) == text
+    assert set(filter_repo_objects(names, allow_patterns=[*CLIP_SAFETENSORS])) == {
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+    }
+
+
+def test_of_a_vae_only_its_own_files():
+    alone = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+    got = set(filter_repo_objects([*REPOSITORY, *alone], allow_patterns=vae_patterns()))
+    assert got == {*alone[:2], "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
 
 
 def test_a_run_in_a_bucket(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: every kind of model opens to the same parameters; every fault is named in one line."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from ip2p_jax.weights.load import load, load_vae
 from ip2p_jax.weights.names import Names
 from ip2p_jax.weights.port import leaves
 from tests.oracles import tiny_folder
-from tests.weights.folders import FILES, released_names
+from tests.weights.folders import FILES, ldm_state, released_names
 
 
 def assert_same(a: dict, b: dict):
@@ -140,6 +141,53 @@ def test_vae_run_directory(tiny_ip2p, tmp_path):
     assert_same(trained[1], jax.tree.map(lambda x: x + np.float32(3), params))
     with pytest.raises(FileNotFoundError, match=r"no unet/ inside"):
         load(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def bare(tiny_ip2p, tmp_path) -> Path:
+    """A VAE alone, as a folder and as LDM files, in the spelling of the released ones."""
+    old = released_names(tiny_ip2p, tmp_path / "old")
+    shutil.copytree(old / "vae", tmp_path / "bare" / "folder")
+    whole = ldm_state(tiny_ip2p)
+    save_file(whole, tmp_path / "bare" / "whole.safetensors")
+    prefix = "first_stage_model."
+    alone = {n.removeprefix(prefix): x for n, x in whole.items() if n.startswith(prefix)}
+    torch.save(
+        {"state_dict": alone | {"loss.logvar": torch.ones(())}}, tmp_path / "bare" / "a.ckpt"
+    )
+    return tmp_path / "bare"
+
+
+@pytest.mark.parametrize("source", ["folder", "a.ckpt", "whole.safetensors"])
+def test_a_vae_alone(tiny_ip2p, tiny_sd, bare, source):
+    """The same VAE from each, and in the place of another model's own."""
+    want = load(str(tiny_ip2p))
+    cfg, params = load_vae(str(bare / source))
+    groups = {} if source == "folder" else {"norm_groups": 32, "sample_size": 512}
+    assert cfg == dataclasses.replace(want.config.vae, **groups)  # which LDM files do not state
+    assert_same(params, want.params["vae"])
+    swapped, own = load(str(tiny_sd), vae=str(bare / source)), load(str(tiny_sd))
+    assert_same(swapped.params["vae"], params)
+    assert swapped.config == dataclasses.replace(own.config, vae=cfg)
+    assert_same(swapped.params["unet"], own.params["unet"])
+
+
+def test_faulty_vaes_alone(bare, tmp_path):
+    """Each is one line that names the file; more on them in tests/test_generate.py."""
+    state = load_file(bare / "folder" / "diffusion_pytorch_model.safetensors")
+    del state["decoder.conv_in.bias"]
+    save_file(state, bare / "folder" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(
+        ValueError, match="model.safetensors: 1 tensor missing: decoder.conv_in.bias"
+    ):
+        load_vae(str(bare / "folder"))
+    torch.save({"some.weight": torch.ones(2)}, bare / "other.ckpt")
+    line = "other.ckpt: no tensor 'first_stage_model.encoder.*', so no VAE of Stable Diffusion"
+    with pytest.raises(ValueError, match=line):
+        load_vae(str(bare / "other.ckpt"))
+    edit_json(bare / "folder" / "config.json", _class_name="AutoencoderTiny")
+    with pytest.raises(ValueError, match="config.json: _class_name 'AutoencoderTiny' is not supp"):
+        load_vae(str(bare / "folder"))
 
 
 def test_run_directories_with_faults(tiny_ip2p, tmp_path):

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the options of editing and generating have to be.
+
+Each check returns None if a value is that, else the words for it.
+"""
+
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from ip2p_jax.diffusion.samplers import SAMPLERS
+
+Check = Callable[[Any], str | None]
+
+
+def text(x: Any) -> str | None:
+    return None if isinstance(x, str) else "a text"
+
+
+def number(x: Any) -> str | None:
+    return None if isinstance(x, Real) and np.isfinite(float(x)) else "a finite number"
+
+
+def seed(x: Any) -> str | None:
+    whole = isinstance(x, Integral) and 0 <= int(x) < 2**32
+    return None if whole else "an integer from 0 to 2^32 - 1"
+
+
+def steps(x: Any) -> str | None:
+    return None if type(x) is int and 1 <= x <= 1000 else "1 to 1000"
+
+
+def sampler(x: Any) -> str | None:
+    return None if x in list(SAMPLERS) else f"one of {', '.join(SAMPLERS)}"
+
+
+def check(name: str, value: Any, wanted: Check) -> None:
+    """Raises ValueError that names the option if `value` is not what is wanted."""
+    if words := wanted(value):
+        raise ValueError(f"{name}: {value!r}, expected {words}")
+
+
+def per_picture(name: str, value: Any, n: int, wanted: Check) -> list:
+    """`value` for each of n pictures: itself if it is one, else n of them; each one checked."""
+    values = [value] * n if np.ndim(value) == 0 else list(value)
+    if len(values) != n:
+        raise ValueError(f"{name}: {len(values)} values for {n} pictures")
+    for x in values:
+        check(name, x, wanted)
+    return values

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting a model on devices: whole on each of them, batches split by row."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from ip2p_jax.types import Params
+
+THREADS = 8
+"""That copy parameters: one alone waits for the pages of new memory, twice as long on 2 cores."""
+
+
+class Shardings(NamedTuple):
+    """Over a mesh of one axis."""
+
+    by_row: NamedSharding
+    replicated: NamedSharding
+
+
+def shardings(devices: Sequence[Any] | None = None) -> Shardings:
+    """Over `devices`; None: all local ones, on the CPU only one, for they share the same cores."""
+    if devices is None:
+        devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+    mesh = Mesh(np.asarray(devices), ("data",))
+    return Shardings(
+        NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def put(params: Params, dtype: DTypeLike, sharding: NamedSharding) -> Params:
+    """The parameters as arrays of `dtype` on the devices of `sharding`."""
+    leaves, tree = jax.tree.flatten(params)
+    with ThreadPoolExecutor(THREADS) as pool:
+        arrays = pool.map(lambda x: jax.device_put(np.asarray(x, dtype), sharding), leaves)
+        return jax.tree.unflatten(tree, arrays)

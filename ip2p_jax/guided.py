@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a batch of texts to pictures under guidance: what one compiled program computes.
+
+Pure functions of parameters, batch and grid. Both share their first arguments: `sample` and
+`schedule` say how, `networks` with `params` what denoises, `scaling` is the VAE's factor.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
+
+from ip2p_jax.diffusion.denoise import Network, denoiser, guide_edit, guide_text, one_batch
+from ip2p_jax.diffusion.grids import Grid
+from ip2p_jax.diffusion.samplers import Sampler
+from ip2p_jax.diffusion.schedule import Schedule
+from ip2p_jax.networks import Networks, to_pixels, to_uint8
+from ip2p_jax.types import Conditioning, Params
+
+
+class TextBatch(NamedTuple):
+    """What pictures are made from: one row per picture, all of one size."""
+
+    tokens: Int32[Any, "b n"]
+    negative: Int32[Any, "b n"]
+    text_guidance: Float32[Any, " b"]
+    noise: Float32[Any, "b h w z"]
+    keys: Key[Array, " b"]
+
+
+class EditBatch(NamedTuple):
+    """The same, and the pictures to edit."""
+
+    text: TextBatch
+    images: UInt8[Any, "b h w 3"]
+    image_guidance: Float32[Any, " b"]
+
+
+class Pictures(NamedTuple):
+    """The result of a batch: pictures, and the scaled latents they were decoded from."""
+
+    images: UInt8[Any, "b h w 3"]
+    latents: Float32[Any, "b h w z"]
+
+
+def generate(
+    sample: Sampler,
+    schedule: Schedule,
+    networks: Networks,
+    scaling: float,
+    params: Params,
+    batch: TextBatch,
+    points: Grid,
+) -> Pictures:
+    """Samples pictures of texts (Rombach et al. 2022), guided by text alone, and decodes them."""
+    encode = nnx.merge(networks.text, params["text"])
+    no_image = jnp.zeros((*batch.noise.shape[:-1], 0))
+    denoise = guide_text(
+        denoiser(one_batch(unet(networks, params)), schedule),
+        Conditioning(encode(batch.tokens), no_image),
+        encode(batch.negative),
+        batch.text_guidance,
+    )
+    z = sample(denoise, batch.noise, points, batch.keys)
+    return decode(networks, scaling, params, z)
+
+
+def edit(
+    sample: Sampler,
+    schedule: Schedule,
+    networks: Networks,
+    scaling: float,
+    params: Params,
+    batch: EditBatch,
+    points: Grid,
+) -> Pictures:
+    """Encodes pictures, samples under two guidance scales, decodes (sections 3.2 and 3.2.1)."""
+    encode = nnx.merge(networks.text, params["text"])
+    vae = nnx.merge(networks.vae, params["vae"])
+    text = batch.text
+    denoise = guide_edit(
+        denoiser(one_batch(unet(networks, params)), schedule),
+        Conditioning(encode(text.tokens), vae.encode(to_pixels(batch.images)).mean),
+        encode(text.negative),
+        text.text_guidance,
+        batch.image_guidance,
+    )
+    z = sample(denoise, text.noise, points, text.keys)
+    return decode(networks, scaling, params, z)
+
+
+def unet(networks: Networks, params: Params) -> Network:
+    """The UNet, merged where it is called: a loop over steps traces it inside."""
+    return lambda z, t, text: nnx.merge(networks.unet, params["unet"])(z, t, text)
+
+
+def decode(
+    networks: Networks, scaling: float, params: Params, z: Float[Array, "b h w z"]
+) -> Pictures:
+    """Scaled latents, and the pictures that the VAE makes of them."""
+    return Pictures(to_uint8(nnx.merge(networks.vae, params["vae"]).decode(z / scaling)), z)
+
+
+@jax.jit
+def seed_keys(seeds: Any) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
+    """Two keys a picture: for the start noise and for the noise of the steps."""
+    return tuple(jax.vmap(lambda s: jax.random.split(jax.random.key(s)), out_axes=1)(seeds))

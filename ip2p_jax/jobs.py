@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that make pictures share: options, only what is missing, settings in PNGs.
+
+A request is a frozen dataclass that says how one picture is made; it has `output`, `steps` and
+`sampler` at least.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from PIL import Image, PngImagePlugin
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ip2p_jax import checks
+from ip2p_jax.cli import Parser, atomic_path, cache_compilations
+from ip2p_jax.diffusion.samplers import SAMPLERS
+from ip2p_jax.placed import Placed
+from ip2p_jax.safety import SafetyChecker
+from ip2p_jax.weights.load import load
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+METADATA = "ip2p_jax"  # the PNG's text chunk that holds the settings, as JSON
+MODEL_OPTIONS = ("model", "revision", "variant", "vae", "dtype", "safety")
+MODELS = (
+    "a hub id, a diffusers folder, an LDM .safetensors or .ckpt, a run directory, or the name of "
+    "an embedded model"
+)
+
+Request = Any
+Due = dict[Request, dict[str, Any]]
+"""The requests that are still to be met, each with the settings for its PNG."""
+
+Make = Callable[[Sequence[Request]], tuple[dict[Request, Image.Image], list[str]]]
+"""Makes the pictures of a batch; also says why some of them cannot be made."""
+
+
+def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Begins a command line with the options that choose the model."""
+    p = Parser(
+        prog=f"python -m {prog}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", required=True, help=MODELS)
+    p.add_argument("--revision", help="branch, tag or commit of a hub id")
+    p.add_argument("--variant", help="variant of the weights' files, e.g. fp16")
+    p.add_argument(
+        "--vae",
+        metavar="M",
+        help="take the VAE from here: a model as above, or the folder or hub id of a VAE alone",
+    )
+    p.add_argument("--dtype", choices=DTYPES, help="float32 on CPU, else bfloat16")
+    p.add_argument("--safety", action="store_true", help="black out what the model's checker flags")
+    return p
+
+
+def add_sampling(p: argparse.ArgumentParser, request: type[Request]) -> None:
+    """Adds the options of sampling, with the defaults of `request`."""
+    p.add_argument("--steps", type=int, default=request.steps, help="sampling steps (%(default)s)")
+    p.add_argument("--sampler", default=request.sampler, help=", ".join(SAMPLERS))
+    p.add_argument(
+        "--text-guidance",
+        type=float,
+        default=request.text_guidance,
+        help="s_T, useful 5 to 10 (%(default)s)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=request.seed, help="another seed, another picture (%(default)s)"
+    )
+    p.add_argument("--negative", default=request.negative, help="what the result should not be")
+
+
+def check_png(x: Any) -> str | None:
+    return None if isinstance(x, str) and Path(x).suffix.lower() == ".png" else "a .png file"
+
+
+SAMPLING: dict[str, checks.Check] = {
+    "output": check_png,
+    "steps": checks.steps,
+    "sampler": checks.sampler,
+    "text_guidance": checks.number,
+    "seed": checks.seed,
+    "negative": checks.text,
+}
+"""What these fields of a request have to be."""
+
+
+def outputs_of(names: Sequence[str], output: str) -> list[str]:
+    """Where pictures go: to the file `output`, or as `names` into the folder `output`."""
+    path = Path(output)
+    if path.is_dir() or output.endswith("/") or not path.suffix:
+        return [str(path / f"{name}.png") for name in names]
+    if len(names) > 1:
+        raise ValueError(f"--output: {output}, expected a folder for several pictures")
+    return [output]
+
+
+def check_outputs(outputs: Sequence[str], inputs: Sequence[str] = ()) -> None:
+    """Makes sure that every output can be written, so that none fails after hours of work."""
+    read = {Path(x).resolve() for x in inputs}
+    uses = Counter(Path(x).resolve() for x in outputs)
+    for output in outputs:
+        path = Path(output).resolve()
+        if path in read:
+            raise ValueError(f"output {output}: is an input too")
+        if uses[path] > 1:
+            raise ValueError(f"output {output}: is named twice")
+        if path.is_dir():
+            raise ValueError(f"output {output}: is a folder")
+    for folder in {path.parent for path in uses}:
+        there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"output folder {folder}: no file can be made in {there} ({error.strerror})"
+            ) from None
+
+
+def settings(args: argparse.Namespace, request: Request) -> dict[str, Any]:
+    """What the PNG's metadata says of how it was made."""
+    return {name: getattr(args, name) for name in MODEL_OPTIONS} | asdict(request)
+
+
+def is_done(output: str, made: dict[str, Any]) -> bool:
+    """Whether the output is there and was made with these settings."""
+    try:
+        with Image.open(output, formats=("PNG",)) as image:
+            return json.loads(image.info.get(METADATA, "{}")) == made
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False  # not there, or not ours
+
+
+def missing(args: argparse.Namespace, requests: Sequence[Request]) -> Due:
+    """The requests whose output is not there, or was made with other settings."""
+    wanted = {request: settings(args, request) for request in requests}
+    due = {request: made for request, made in wanted.items() if not is_done(request.output, made)}
+    if not due:
+        print(f"all {len(requests)} pictures are there", file=sys.stderr)
+    return due
+
+
+def open_model(
+    args: argparse.Namespace, build: Callable[..., Any], console: Console
+) -> tuple[Any, SafetyChecker | None]:
+    """What `build` (Editor or Generator) makes of the model, and its safety checker if wanted."""
+    cache_compilations()
+    with console.status(escape(f"loading {args.model}")):
+        pretrained = load(
+            args.model,
+            revision=args.revision,
+            variant=args.variant,
+            vae=args.vae,
+            safety=args.safety,
+        )
+        checker = SafetyChecker.from_pretrained(pretrained) if args.safety else None
+        return build(pretrained, dtype=DTYPES.get(args.dtype)), checker
+
+
+def check_grids(requests: Collection[Request], model: Placed) -> None:
+    """Raises ValueError if the model refuses a sampler or a number of steps."""
+    for steps, sampler in sorted({(r.steps, r.sampler) for r in requests}):
+        model.grid(sampler, steps)
+
+
+def units(
+    requests: Sequence[Request],
+    due: Collection[Request],
+    most: int,
+    together: Callable[[Request], Any] = lambda request: None,
+) -> list[list[Request]]:
+    """Cuts the requests into batches of `most` by their place; those of which any is due.
+
+    A batch of which anything is due is computed as a whole, so that its pictures are the same bit
+    for bit however often the work was interrupted. `together` is what a batch has in common.
+    """
+    groups: dict[Any, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(together(request), []).append(request)
+    batches = [g[i : i + most] for g in groups.values() for i in range(0, len(g), most)]
+    due = set(due)
+    return [batch for batch in batches if not due.isdisjoint(batch)]
+
+
+def run(
+    title: str, batches: Sequence[Sequence[Request]], due: Due, make: Make, console: Console
+) -> list[str]:
+    """Makes batch by batch, and writes what is due. Returns why pictures could not be made."""
+    failures: list[str] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=sum(map(len, batches)))
+        for batch in batches:
+            images, reasons = make(batch)
+            failures += reasons
+            for request, image in images.items():
+                if request in due:
+                    write(image, Path(request.output), due[request])
+            progress.advance(task, len(batch))
+    return failures
+
+
+def write(image: Image.Image, path: Path, made: dict[str, Any]) -> None:
+    """Writes a PNG with its settings in the metadata, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(METADATA, json.dumps(made))
+    try:
+        with atomic_path(path) as part:
+            image.save(part, "PNG", pnginfo=info)
+    except OSError as error:
+        raise ValueError(f"output {path}: not written ({error.strerror or error})") from error

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model put on devices: what editing, generating and making pairs share."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int32
+from transformers import CLIPTokenizer
+
+from ip2p_jax.data.tokens import tokenize
+from ip2p_jax.devices import put, shardings
+from ip2p_jax.diffusion.grids import Grid, grid
+from ip2p_jax.diffusion.noise import unit_noise
+from ip2p_jax.diffusion.samplers import SAMPLERS
+from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, Schedule, from_diffusers
+from ip2p_jax.guided import TextBatch, seed_keys
+from ip2p_jax.models.presets import ModelConfig
+from ip2p_jax.networks import Networks, networks
+from ip2p_jax.types import Params
+from ip2p_jax.weights.load import Pretrained
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model whose parameters (by part "unet", "vae", "text") lie whole on each device.
+
+    Batches are split over the devices by row.
+    """
+
+    config: ModelConfig
+    networks: Networks
+    params: Params
+    tokenizer: CLIPTokenizer
+    schedule: Schedule
+    scheduler: dict | None  # scheduler_config.json; None: k-diffusion's conventions
+    dtype: Any
+    by_row: NamedSharding
+    replicated: NamedSharding
+
+    @property
+    def precision(self) -> str:
+        """Of products: without "highest", those of float32 are cut short on TPU and GPU."""
+        return "highest" if self.dtype == jnp.float32 else "default"
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return self.by_row.mesh.size
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels of the pictures it was made for (512 for SD 1.5)."""
+        return self.config.unet.sample_size * self.config.vae.factor
+
+    def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b n"]:
+        """CLIP's tokens, cut and padded to the length of the text tower."""
+        return tokenize(self.tokenizer, texts, self.config.text.positions)
+
+    def grid(self, sampler: str, steps: int) -> Grid:
+        """The noise levels of a sampler on this model; ValueError if it cannot have them."""
+        return grid(sampler, steps, self.schedule, self.scheduler)
+
+    def text_batch(
+        self,
+        texts: Sequence[str],
+        negative: Sequence[str],
+        text_guidance: Sequence[float],
+        seeds: Sequence[int],
+        latents: Float[Any, "b h w z"] | None,
+        size: tuple[int, int],
+    ) -> TextBatch:
+        """Rows for pictures of `size` (width, height).
+
+        Start noise and the keys for that of the steps come from the seeds, but for the start noise
+        that `latents` are.
+        """
+        start_keys, step_keys = seed_keys(np.asarray(seeds, np.uint32))
+        (width, height), vae = size, self.config.vae
+        shape = (height // vae.factor, width // vae.factor, vae.latent_channels)
+        if latents is None:
+            noise = jax.jit(unit_noise, static_argnums=1)(start_keys, shape)
+        elif latents.shape[1:] == shape:
+            noise = latents.astype(np.float32)
+        else:
+            raise ValueError(f"latents: shape {latents.shape}, expected {(len(texts), *shape)}")
+        return TextBatch(
+            tokens=self.tokenize(texts),
+            negative=self.tokenize(negative),
+            text_guidance=np.asarray(text_guidance, np.float32),
+            noise=noise,
+            keys=step_keys,
+        )
+
+    def compile(self, function: Callable, sampler: str) -> Callable[[Params, Any, Grid], Any]:
+        """`guided.edit` or `guided.generate` of this model, jitted, its results split by row."""
+        scaling = self.config.vae.scaling_factor
+        bound = functools.partial(
+            function, SAMPLERS[sampler], self.schedule, self.networks, scaling
+        )
+
+        def program(params: Params, batch: Any, points: Grid) -> Any:
+            with jax.default_matmul_precision(self.precision):
+                return bound(params, batch, points)
+
+        return jax.jit(program, out_shardings=self.by_row)
+
+    def run(self, program: Callable, batch: Any, points: Grid) -> Any:
+        """Runs a compiled function on a batch of any number of rows; the result is on the host.
+
+        Rows are repeated to fill the devices, and dropped again.
+        """
+        n = len(jax.tree.leaves(batch)[0])
+        fill = np.arange(padded_rows(n, self.devices)) % n
+        batch = jax.tree.map(lambda x: jax.device_put(x[fill], self.by_row), batch)
+        result = program(self.params, batch, jax.device_put(points, self.replicated))
+        return jax.tree.map(lambda x: np.asarray(x)[:n], result)
+
+
+def place(
+    pretrained: Pretrained,
+    *,
+    dtype: DTypeLike | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Placed:
+    """Puts a model on devices, parameters and arithmetic in `dtype`.
+
+    None means bfloat16 on TPU and GPU, float32 on the CPU; and all local devices, on the CPU one,
+    for its devices share the same cores.
+    """
+    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    by_row, replicated = shardings(devices)
+    params = {name: pretrained.params[name] for name in ("unet", "vae", "text")}
+    scheduler = pretrained.scheduler
+    return Placed(
+        config=pretrained.config,
+        networks=networks(pretrained.config, dtype),
+        params=put(params, dtype, replicated),
+        tokenizer=pretrained.tokenizer,
+        schedule=STABLE_DIFFUSION if scheduler is None else from_diffusers(scheduler),
+        scheduler=scheduler,
+        dtype=dtype,
+        by_row=by_row,
+        replicated=replicated,
+    )
+
+
+def rows_per_device(rows: int | None) -> int:
+    """How many pictures a device computes at once: `rows`; None: 8, on the CPU 1.
+
+    There a row takes gigabytes at SD's size, and more rows are no faster.
+    """
+    return rows or (1 if jax.default_backend() == "cpu" else 8)
+
+
+def padded_rows(n: int, devices: int) -> int:
+    """The next power of two of rows a device, so that few batch sizes are compiled."""
+    rows = -(-n // devices)
+    return devices * 2 ** (rows - 1).bit_length()

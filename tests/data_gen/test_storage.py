@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: storage that fails for a while is tried again with growing waits, and then reported."""
+
+import pytest
+from etils import epath
+
+from data_gen import storage
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Records the waits instead of spending them."""
+    spent: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", spent.append)
+    return spent
+
+
+def failing(times: int):
+    """An action that raises OSError so many times, then returns "done"."""
+    left = [times]
+
+    def action():
+        if left[0]:
+            left[0] -= 1
+            raise OSError(5, "Input/output error")
+        return "done"
+
+    return action
+
+
+def test_a_passing_failure_is_waited_out(waits):
+    assert storage.retried(failing(3), "x") == "done"
+    assert waits == [1.0, 2.0, 4.0]
+
+
+def test_a_lasting_failure_is_reported_with_its_name(waits):
+    with pytest.raises(storage.StorageError, match=r"pairs/7: failed 7 times .*Input/output"):
+        storage.retried(failing(7), "pairs/7")
+    assert waits == list(storage.WAITS)
+
+
+def test_a_missing_file_is_no_failure_of_the_disk(waits, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        storage.retried((tmp_path / "none").read_bytes, "x")
+    assert not waits
+
+
+def test_files_are_written_whole(tmp_path):
+    path = epath.Path(tmp_path / "deep" / "file")
+    storage.write_whole(path, b"content")
+    assert path.read_bytes() == b"content"
+    assert [x.name for x in (tmp_path / "deep").iterdir()] == ["file"]
