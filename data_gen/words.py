@@ -97,8 +97,8 @@ def replacement(first: str, second: str, tokenizer: CLIPTokenizer) -> Alignment:
     """Word swap: each word takes the maps of the word at its place in the first caption.
 
     Token by token if both words have equally many; else each of m tokens takes 1/m of the sum of
-    the other word's maps, so that no attention of a word is lost. Raises ValueError unless the captions have
-    equally many words.
+    the other word's maps, so that no attention of a word is lost. Raises ValueError unless the
+    captions have equally many words.
     """
     swaps = [word_tokens(caption, tokenizer) for caption in (first, second)]
     counts = [len(words) for words in swaps]
@@ -170,4 +170,4 @@ def with_special_tokens(
     mapper[0, 0] = mapper[end_first, end_second] = 1
     for j in range(end_second + 1, last + 1):
         mapper[min(max(j, end_first + 1), last), j] = 1
-    return Alignment(mapper, mapper.any(axis=0).astype(np.float32))
+    return Alignment(mapper, np.asarray(mapper.any(axis=0), np.float32))
