@@ -165,6 +165,15 @@ def train(cfg: config.Config, workdir: str, run: Ready) -> None:
         run.finish(current.ema)
 
 
+def find_hosts() -> None:
+    """Joins the other hosts; ValueError where the surroundings do not tell which they are."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        known = "TPU pods, Slurm, Open MPI and Kubernetes"
+        raise ValueError(f"--distributed: {error} Hosts are found on {known}.") from None
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done or stopped by SIGTERM, 1 the training failed, 2 wrong input."""
@@ -175,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cache_compilations()
     if command.distributed:
-        jax.distributed.initialize()
+        find_hosts()
     run = set_up(*command)
     try:
         train(command.config, command.workdir, run)

@@ -7,12 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 KILLS = int(os.environ.get("IP2P_KILLS", "5"))
-PAGE = os.environ.get("IP2P_SOAK")
+PAGE = Path(os.environ.get("IP2P_SOAK", "")).absolute()  # some tests change the folder
 HEAD = """# The kill tests, many times
 
-Written by `make soak` on {machine}. Each row is a test that starts a command, kills
-it with SIGKILL at a random moment and starts it again. In the end every byte of the result was what
-an undisturbed run makes.
+Written by `make soak` on {machine}.
+Each row is a test that starts a command, kills it with SIGKILL at a random moment and starts it
+again. In the end every byte of the result was what an undisturbed run makes.
 
 | test | started | killed | of these while a file was being written | came to their end |
 |---|---|---|---|---|
@@ -21,11 +21,10 @@ an undisturbed run makes.
 
 def write_row(test: str, started: int, killed: int, writing: int) -> None:
     """Adds a row to the page, if there is to be one."""
-    if not PAGE:
+    if PAGE.is_dir():  # none is named
         return
-    page = Path(PAGE)
-    if not page.exists():
+    if not PAGE.exists():
         parts = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}"
-        page.write_text(HEAD.format(machine=f"{parts}, jax {version('jax')}"))
-    with page.open("a") as file:
+        PAGE.write_text(HEAD.format(machine=f"{parts}, jax {version('jax')}"))
+    with PAGE.open("a") as file:
         file.write(f"| {test} | {started} | {killed} | {writing} | {started - killed} |\n")

@@ -96,6 +96,17 @@ def test_wrong_files(args, line, capsys, tmp_path):
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
 
 
+def test_no_other_hosts(capsys, tmp_path, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(train.jax.distributed, "initialize", initialize)
+    assert train.main([f"--config={TINY}", f"--workdir={tmp_path / 'w'}", "--distributed"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --distributed: coordinator_address should") and "Slurm" in err
+    assert err.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
 def test_flatten():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": [3]}
     assert config.flatten(tree) == {"a.b": 1, "a.c.d": 2, "e": [3]}

@@ -138,19 +138,20 @@ def test_what_a_run_leaves(undisturbed):
     assert not equal(end, saved(undisturbed, 10))  # control of every comparison below
 
 
-def saving(workdir: Path) -> bool:
-    """Whether a checkpoint is half-written."""
+def half_written(workdir: Path) -> set[str]:
+    """Checkpoints that are not complete; their names tell when they were begun."""
     folder = workdir / "checkpoints"
-    return folder.exists() and any("tmp" in name for name in os.listdir(folder))
+    return {name for name in os.listdir(folder) if "tmp" in name} if folder.exists() else set()
 
 
-def killed(options: list[str], workdir: Path, moment: random.Random) -> int:
-    """Starts a run and kills it at a random moment; returns its exit code.
+def killed(options: list[str], workdir: Path, moment: random.Random) -> tuple[int, bool]:
+    """Starts a run and kills it at a random moment.
 
+    Returns its exit code, and whether it left a checkpoint half-written.
     A third each: any time, some time after training began, and while a checkpoint is being written.
     """
     log = workdir / "metrics.jsonl"
-    before = log.stat().st_mtime_ns if log.exists() else 0
+    before, left = log.stat().st_mtime_ns if log.exists() else 0, half_written(workdir)
     kind, delay = moment.choice(["any time", "training", "saving"]), moment.random()
     start = time.monotonic()
     with subprocess.Popen(command(options, workdir), stderr=subprocess.DEVNULL) as process:
@@ -160,13 +161,13 @@ def killed(options: list[str], workdir: Path, moment: random.Random) -> int:
             due = {
                 "any time": time.monotonic() - start > 10 * delay,
                 "training": trains,
-                "saving": saving(workdir),
+                "saving": half_written(workdir) - left,
             }
             if due[kind]:
                 time.sleep({"any time": 0.0, "training": delay, "saving": 0.05 * delay}[kind])
                 process.kill()
                 break
-        return process.wait()
+    return process.returncode, bool(half_written(workdir) - left)
 
 
 def test_killed_and_started_again(options, undisturbed, tmp_path):
@@ -174,8 +175,9 @@ def test_killed_and_started_again(options, undisturbed, tmp_path):
     want, workdir = saved(undisturbed), tmp_path / "killed"
     codes, halves, moment = [], 0, random.Random(KILLS)
     for _ in range(KILLS):
-        codes.append(killed(options, workdir, moment))
-        halves += saving(workdir)
+        code, half = killed(options, workdir, moment)
+        codes.append(code)
+        halves += half
         if codes[-1] == 0:  # it came to its end first: the next starts anew
             assert equal(saved(workdir), want) and logged(workdir) == logged(undisturbed)
             shutil.rmtree(workdir)
