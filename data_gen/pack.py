@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -34,7 +33,7 @@ from data_gen.verify import verify as verify_pairs
 from data_gen.verify import write_sheet
 from ip2p_jax.cli import Parser, atomic_path, one_line_errors
 from ip2p_jax.data.manifest import MANIFEST, Shard, measure, save_manifest, verify
-from ip2p_jax.data.pairs import SPLITS, Pairs, serialize
+from ip2p_jax.data.pairs import SPLITS, Pairs, serialize, split_range
 
 Source = Folder | Parquet
 
@@ -56,10 +55,10 @@ class Job(NamedTuple):
 def plan(count: int, shard_size: int, folder: Path) -> list[Job]:
     """Cuts `count` prompts into contiguous splits (90/5/5), and these into shards."""
     jobs = []
-    for split, (low, high) in SPLITS.items():
-        first, last = math.floor(low * count), math.floor(high * count)
-        for start in range(first, last, shard_size):
-            stop = min(start + shard_size, last)
+    for split in SPLITS:
+        members = split_range(count, split)
+        for start in range(members.start, members.stop, shard_size):
+            stop = min(start + shard_size, members.stop)
             jobs.append(Job(split, start, stop, folder / f"{split}-{start:09d}.array_record"))
     return jobs
 

@@ -25,8 +25,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data_gen.pair_filter import Candidate
-from data_gen.storage import retried, write_whole
 from data_gen.triplet_file import Triplet
+from ip2p_jax.storage import json_lines, open_folder, retried, write_whole
 
 PairPixels = UInt8[np.ndarray, "2 h w 3"]
 
@@ -38,10 +38,6 @@ def jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
 @dataclass(frozen=True)
 class PairFolder:
     """A folder of pairs at `path`, local or in a bucket."""
@@ -51,22 +47,7 @@ class PairFolder:
     @classmethod
     def open(cls, path: str, settings: dict[str, Any]) -> "PairFolder":
         """Opens a folder, or begins one. ValueError names the settings in which they differ."""
-        folder = cls(epath.Path(path))
-        file = folder.path / "settings.json"
-        if file.exists():
-            there = json.loads(file.read_text())
-            for name in sorted({*there, *settings}):
-                if there.get(name) != settings.get(name):
-                    raise ValueError(
-                        f"{path} was made with {name} {there.get(name)!r}, this command says "
-                        f"{settings.get(name)!r}: give another --output, or the same {name}"
-                    )
-            return folder
-        if folder.path.exists() and any(True for _ in folder.path.iterdir()):
-            raise ValueError(f"{path} is already there and not a folder of pairs (no {file.name})")
-        retried(lambda: folder.path.mkdir(parents=True, exist_ok=True), str(path))
-        retried(lambda: write_whole(file, json.dumps(settings, indent=1).encode()), str(file))
-        return folder
+        return cls(open_folder(path, settings, "pairs"))
 
     def prompt_folder(self, number: int) -> epath.Path:
         return self.path / f"{number:07d}"

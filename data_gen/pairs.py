@@ -38,17 +38,14 @@ from data_gen.contact_sheet import contact_sheet
 from data_gen.pair_filter import Thresholds
 from data_gen.pair_folder import PairFolder
 from data_gen.pair_run import Selection, make_pairs
-from data_gen.storage import StorageError, retried, write_whole
 from data_gen.triplet_file import Triplet, read_triplets
-from ip2p_jax.cli import Parser, cache_compilations, one_line_errors
+from ip2p_jax import checks, jobs
+from ip2p_jax.cli import cache_compilations, one_line_errors
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.evaluation.clip_scores import Clip
-from ip2p_jax.generator import check_text_to_image
-from ip2p_jax.jobs import DTYPES
-from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.placed import place
 from ip2p_jax.safety import SafetyChecker
-from ip2p_jax.weights.load import load
+from ip2p_jax.storage import StorageError, retried, write_whole
 
 READERS = 32
 """Threads that look at prompt folders: a bucket answers slowly, but many at once."""
@@ -56,18 +53,10 @@ READERS = 32
 
 def parser() -> argparse.ArgumentParser:
     """Describes the command line; options that the released script has carry its defaults."""
-    p = Parser(
-        prog="python -m data_gen.pairs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = jobs.parser("data_gen.pairs", __doc__)
     add = p.add_argument
     add("--triplets", required=True, metavar="FILE.jsonl", help="texts, one object a line")
     add("--output", required=True, metavar="DIR", help="folder of pairs, local or gs://")
-    add("--model", required=True, help="text-to-image: hub id, diffusers folder, LDM file, run")
-    add("--revision", help="branch, tag or commit of a hub id")
-    add("--variant", help="variant of the weights' files, e.g. fp16")
-    add("--vae", help="another VAE: hub id, folder or LDM file (the paper: sd-vae-ft-mse)")
     add("--clip", required=True, help="CLIP that scores: hub id, folder, or file in OpenAI's names")
     add("--resolution", type=int, help="side of the pictures in px (default: the model's)")
     add("--steps", type=int, default=100, help="sampling steps (%(default)s)")
@@ -86,10 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--safety", action="store_true", help="reject what the model's safety checker flags")
     add("--seed", type=int, default=0, help="everything random comes from it (0)")
     add("--rows", type=int, default=2, help="candidates a device makes at once (%(default)s)")
-    add("--dtype", choices=DTYPES, help="float32 on CPU, else bfloat16")
-    add("--distributed", action="store_true", help="several hosts, as the environment says")
-    add("--hosts", type=int, default=1, help="several hosts, without --distributed")
-    add("--host", type=int, default=0, help="which of --hosts this is, from 0")
+    jobs.add_hosts(p)
     return p
 
 
@@ -107,11 +93,6 @@ def check(args: argparse.Namespace) -> None:
             abs(args.min_cfg) <= abs(args.max_cfg) < float("inf") and args.min_cfg <= args.max_cfg,
             args.min_cfg,
             "a finite number, at most --max-cfg",
-        ),
-        "--hosts": (args.hosts >= 1, args.hosts, "at least 1"),
-        "--host": (0 <= args.host < args.hosts, args.host, f"0 to {args.hosts - 1}"),
-        "--distributed": (
-            not (args.distributed and args.hosts > 1), True, "without --hosts and --host"
         ),
     }  # fmt: skip
     for name in ("--clip-threshold", "--clip-dir-threshold", "--clip-img-threshold"):
@@ -140,14 +121,6 @@ def recipe_of(args: argparse.Namespace, side: int) -> Recipe:
     return Recipe(args.steps, args.sampler, side, side, args.seed, *ranges)
 
 
-def side_of(resolution: int | None, config: ModelConfig) -> int:
-    """The side of the pictures. Raises ValueError for one that the networks do not take."""
-    side = config.unet.sample_size * config.vae.factor if resolution is None else resolution
-    if side < 1 or side % config.multiple:
-        raise ValueError(f"--resolution {side}: expected a multiple of {config.multiple} px")
-    return side
-
-
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 this host's part is done, 1 storage failed for long, 2 wrong input."""
@@ -155,23 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     triplets = read_triplets(Path(args.triplets))
     cache_compilations()
-    host, hosts = args.host, args.hosts
-    if args.distributed:
-        jax.distributed.initialize()
-        host, hosts = jax.process_index(), jax.process_count()
+    host, hosts = jobs.this_host(args)
     console = Console(stderr=True)
     with console.status(escape(f"loading {args.model}")):
-        pretrained = load(
-            args.model,
-            revision=args.revision,
-            variant=args.variant,
-            vae=args.vae,
-            safety=args.safety,
-        )
-        check_text_to_image(pretrained.config)
-        recipe = recipe_of(args, side_of(args.resolution, pretrained.config))
+        pretrained = jobs.load_model(args)
+        checks.generates(pretrained.config)
+        recipe = recipe_of(args, jobs.side_of(args.resolution, pretrained.config))
         checker = SafetyChecker.from_pretrained(pretrained) if args.safety else None
-        model = place(pretrained, dtype=DTYPES.get(args.dtype), devices=jax.local_devices())
+        model = place(pretrained, dtype=jobs.DTYPES.get(args.dtype), devices=jax.local_devices())
         clip = Clip.from_pretrained(args.clip, devices=jax.local_devices())
         maker = CandidateMaker(model, clip, recipe, args.rows)
     selection = selection_of(args)

@@ -7,7 +7,6 @@ used becomes a `Refusal`, never an exception.
 
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ip2p_jax.data.pairs import Pair
 from ip2p_jax.data.pictures import plain
+from ip2p_jax.data.released import SEEDS, Texts, pictures, read_seeds, read_texts, text
 
 
 class Refusal(NamedTuple):
@@ -27,14 +27,6 @@ class Refusal(NamedTuple):
     seed: str
     reason: str
     detail: str
-
-
-class Texts(NamedTuple):
-    """What a prompt says; captions are "" where unknown."""
-
-    instruction: str
-    input_caption: str = ""
-    output_caption: str = ""
 
 
 Read = tuple[list[Pair], list[Refusal]]
@@ -65,10 +57,6 @@ def _sorted_out(results: list[Pair | Refusal]) -> Read:
     return pairs, [result for result in results if isinstance(result, Refusal)]
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
 @dataclass(frozen=True)
 class Folder:
     """The released layout: seeds.json and one folder a prompt."""
@@ -80,23 +68,9 @@ class Folder:
     @classmethod
     def open(cls, path: Path) -> "Folder":
         """Reads seeds.json; ValueError names it if it is missing or not what it should be."""
-        file = path / "seeds.json"
-        if not file.is_file():
-            raise ValueError(f"{path}: no seeds.json and no parquet files, nothing to import")
-        try:
-            listed = [
-                (name, [str(seed) for seed in seeds])
-                for name, seeds in json.loads(file.read_text())
-            ]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: expected [[folder, [seed, ...]], ...] ({error})") from None
-        for name, seeds in listed:
-            for part in (name, *seeds):
-                if not isinstance(part, str) or Path(part).name != part:
-                    raise ValueError(f"{file}: {part!r} is not a plain name")
-        prompts: dict[str, list[str]] = {}
-        for name, seeds in sorted(listed):
-            prompts[name] = list(dict.fromkeys([*prompts.get(name, []), *seeds]))
+        if not (path / SEEDS).is_file():
+            raise ValueError(f"{path}: no {SEEDS} and no parquet files, nothing to import")
+        prompts = read_seeds(path)
         return cls(path, list(prompts), list(prompts.values()))
 
     def read(self, start: int, stop: int) -> Iterator[Read]:
@@ -112,18 +86,14 @@ class Folder:
         if not folder.is_dir():
             return "missing folder", ""
         try:
-            prompt = json.loads((folder / "prompt.json").read_text())
+            return read_texts(folder)
         except (OSError, ValueError) as error:
             return "no prompt.json", str(error)
-        if not isinstance(prompt, dict):
-            return "no prompt.json", "not an object"
-        before = prompt.get("input", prompt.get("caption"))
-        return Texts(_text(prompt.get("edit")), _text(before), _text(prompt.get("output")))
 
     def _pair(self, prompt: str, seed: str, texts: Texts) -> Pair | Refusal:
-        files = [self.path / prompt / f"{seed}_{i}.jpg" for i in (0, 1)]
-        pictures = [file.read_bytes() if file.is_file() else None for file in files]
-        return make_pair(prompt, seed, texts, pictures)
+        files = pictures(self.path / prompt, seed)
+        found = [file.read_bytes() if file.is_file() else None for file in files]
+        return make_pair(prompt, seed, texts, found)
 
 
 KNOWN_COLUMNS = (
@@ -234,7 +204,7 @@ def _read_texts(
         table = parquet.read_row_group(group, columns=[columns[field] for field in present])
         values = (table[columns[field]].to_pylist() for field in present)
         for row, texts in enumerate(zip(*values, strict=True)):
-            named = dict(zip(present, map(_text, texts), strict=True))
+            named = dict(zip(present, map(text, texts), strict=True))
             yield Row(file, group, row, number), Texts(**named)
             number += 1
 
@@ -246,7 +216,7 @@ def open_source(inputs: list[Path], columns: dict[str, str] | None) -> Folder | 
             raise FileNotFoundError(f"{path} is not there")
     if len(inputs) == 1 and inputs[0].is_dir():
         files = sorted(inputs[0].rglob("*.parquet"))
-        if (inputs[0] / "seeds.json").is_file() or not files:
+        if (inputs[0] / SEEDS).is_file() or not files:
             return Folder.open(inputs[0])
         return Parquet.open(files, columns)
     for path in inputs:

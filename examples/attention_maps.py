@@ -34,7 +34,6 @@ from ip2p_jax.cli import Parser, atomic_path, cache_compilations, one_line_error
 from ip2p_jax.diffusion.grids import Grid
 from ip2p_jax.diffusion.samplers import SAMPLERS, Sampler
 from ip2p_jax.diffusion.schedule import Schedule
-from ip2p_jax.generator import check_text_to_image
 from ip2p_jax.guided import Pictures, TextBatch, decode
 from ip2p_jax.networks import Networks
 from ip2p_jax.placed import Placed, place
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     cache_compilations()
     pretrained = load(args.model)
-    check_text_to_image(pretrained.config)
+    checks.generates(pretrained.config)
     model = place(pretrained, devices=jax.local_devices()[:1])
     side = args.resolution or model.resolution
     check_size((side, side), model.config.multiple)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the options of editing and generating have to be.
+"""What models and options of editing and generating have to be.
 
-Each check returns None if a value is that, else the words for it.
+Each check of an option returns None if a value is that, else the words for it.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ip2p_jax.diffusion.samplers import SAMPLERS
+from ip2p_jax.models.presets import ModelConfig
 
 Check = Callable[[Any], str | None]
 
@@ -40,6 +41,26 @@ def check(name: str, value: Any, wanted: Check) -> None:
     """Raises ValueError that names the option if `value` is not what is wanted."""
     if words := wanted(value):
         raise ValueError(f"{name}: {value!r}, expected {words}")
+
+
+def edits(config: ModelConfig) -> None:
+    """Raises ValueError if a model of these dimensions does not edit pictures."""
+    got, wanted = config.unet.in_channels, 2 * config.vae.latent_channels
+    if got != wanted:
+        raise ValueError(
+            f"the UNet's conv_in.weight takes {got} channels, an editing model's {wanted}: this is "
+            "no InstructPix2Pix model"
+        )
+
+
+def generates(config: ModelConfig) -> None:
+    """Raises ValueError if a model of these dimensions does not make pictures of texts."""
+    got, wanted = config.unet.in_channels, config.vae.latent_channels
+    if got != wanted:
+        raise ValueError(
+            f"the UNet's conv_in.weight takes {got} channels, not the {wanted} of a latent: "
+            "this model is not text-to-image"
+        )
 
 
 def per_picture(name: str, value: Any, n: int, wanted: Check) -> list:

@@ -24,6 +24,7 @@ class Data:
 
     path: str = ""  # folder written by data_gen.pack
     split: str = "train"  # train, validation or test
+    fraction: float = 1.0  # share of the split's prompts that is used; smaller ones lie in larger
     batch_size: int = 256  # rows of a micro-batch, over all hosts
     resolution: int = 256  # side of the square pictures, px
     resize_min: int = 0  # both pictures are resized to a square between this and
@@ -177,6 +178,7 @@ RULES = (
     ("0 or more", lambda x: 0 <= x < math.inf, "optim.weight_decay objective.kl_weight"),
     ("0 or more, below 1", lambda x: 0 <= x < 1, "optim.b1 optim.b2 optim.ema_decay"),
     ("0 to 1", lambda x: 0 <= x <= 1, "data.flip"),
+    ("over 0, up to 1", lambda x: 0 < x <= 1, "data.fraction"),
     ("0 to 1/3", lambda x: 0 <= x <= 1 / 3, "objective.drop_rate"),
     ("0 to 2^32 - 1", lambda x: 0 <= x < 2**32, "seed"),
     (*one_of("edit", "vae"), "objective.kind"),

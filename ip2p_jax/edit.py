@@ -34,6 +34,7 @@ from ip2p_jax.sizes import edit_size
 def parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     p = jobs.parser("ip2p_jax.edit", __doc__)
+    jobs.add_safety(p)
     p.add_argument("--input", nargs="+", metavar="PATH", help="pictures to edit")
     p.add_argument("--instruction", help="what to change")
     p.add_argument("--output", help=".png file, or a folder for several pictures")

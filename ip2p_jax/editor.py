@@ -39,12 +39,7 @@ class Editor:
         devices: Sequence[Any] | None = None,
         rows: int | None = None,
     ):
-        got, wanted = pretrained.config.unet, 2 * pretrained.config.vae.latent_channels
-        if got.in_channels != wanted:
-            raise ValueError(
-                f"the UNet's conv_in.weight takes {got.in_channels} channels, an editing model's "
-                f"{wanted}: this is no InstructPix2Pix model"
-            )
+        checks.edits(pretrained.config)
         self.model = place(pretrained, dtype=dtype, devices=devices)
         self.rows = rows_per_device(rows)
         self.program = functools.cache(functools.partial(self.model.compile, guided.edit))

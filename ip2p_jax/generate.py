@@ -46,6 +46,7 @@ class Request:
 def parser() -> argparse.ArgumentParser:
     """Describes the command line."""
     p = jobs.parser("ip2p_jax.generate", __doc__)
+    jobs.add_safety(p)
     p.add_argument("--prompt", required=True, action="append", help="may be given several times")
     p.add_argument("--output", required=True, help=".png file, or a folder for several pictures")
     p.add_argument("--count", type=int, default=1, help="pictures of each prompt (%(default)s)")

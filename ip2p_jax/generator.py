@@ -16,7 +16,6 @@ from PIL import Image
 from ip2p_jax import checks, guided
 from ip2p_jax.checks import per_picture
 from ip2p_jax.guided import Pictures, TextBatch
-from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.placed import place, rows_per_device
 from ip2p_jax.sizes import check_size
 from ip2p_jax.weights.load import Pretrained, load
@@ -33,7 +32,7 @@ class Generator:
         devices: Sequence[Any] | None = None,
         rows: int | None = None,
     ):
-        check_text_to_image(pretrained.config)
+        checks.generates(pretrained.config)
         self.model = place(pretrained, dtype=dtype, devices=devices)
         self.rows = rows_per_device(rows)
         self.program = functools.cache(functools.partial(self.model.compile, guided.generate))
@@ -116,13 +115,3 @@ class Generator:
         """Runs the compiled program on a batch."""
         points = self.model.grid(sampler, steps)
         return self.model.run(self.program(sampler), batch, points)
-
-
-def check_text_to_image(config: ModelConfig) -> None:
-    """Raises ValueError for a model that takes more than a noisy latent."""
-    got, wanted = config.unet.in_channels, config.vae.latent_channels
-    if got != wanted:
-        raise ValueError(
-            f"the UNet's conv_in.weight takes {got} channels, not the {wanted} of a latent: "
-            "this model is not text-to-image"
-        )

@@ -17,7 +17,7 @@ from ip2p_jax.diffusion.grids import Grid
 from ip2p_jax.diffusion.samplers import Sampler
 from ip2p_jax.diffusion.schedule import Schedule
 from ip2p_jax.networks import Networks, to_pixels, to_uint8
-from ip2p_jax.types import Conditioning, Params
+from ip2p_jax.types import Conditioning, Denoise, Params
 
 
 class TextBatch(NamedTuple):
@@ -45,6 +45,27 @@ class Pictures(NamedTuple):
     latents: Float32[Any, "b h w z"]
 
 
+class Encoded(NamedTuple):
+    """What the UNet is conditioned on, with and without the text."""
+
+    cond: Conditioning
+    null_text: Float[Array, "b n c"]
+
+
+def encode_text(networks: Networks, params: Params, batch: TextBatch) -> Encoded:
+    """Encodes what a text-to-image model is conditioned on: its image has no channels."""
+    encode = nnx.merge(networks.text, params["text"])
+    no_image = jnp.zeros((*batch.noise.shape[:-1], 0))
+    return Encoded(Conditioning(encode(batch.tokens), no_image), encode(batch.negative))
+
+
+def encode_edit(networks: Networks, params: Params, batch: EditBatch) -> Encoded:
+    """Encodes what an editing model is conditioned on: the image's latent is a mean, unscaled."""
+    text, null_text = encode_text(networks, params, batch.text)
+    vae = nnx.merge(networks.vae, params["vae"])
+    return Encoded(text._replace(image=vae.encode(to_pixels(batch.images)).mean), null_text)
+
+
 def generate(
     sample: Sampler,
     schedule: Schedule,
@@ -55,14 +76,8 @@ def generate(
     points: Grid,
 ) -> Pictures:
     """Samples pictures of texts (Rombach et al. 2022), guided by text alone, and decodes them."""
-    encode = nnx.merge(networks.text, params["text"])
-    no_image = jnp.zeros((*batch.noise.shape[:-1], 0))
-    denoise = guide_text(
-        denoiser(one_batch(unet(networks, params)), schedule),
-        Conditioning(encode(batch.tokens), no_image),
-        encode(batch.negative),
-        batch.text_guidance,
-    )
+    encoded = encode_text(networks, params, batch)
+    denoise = text_denoise(schedule, networks, params, encoded, batch.text_guidance)
     z = sample(denoise, batch.noise, points, batch.keys)
     return decode(networks, scaling, params, z)
 
@@ -77,18 +92,37 @@ def edit(
     points: Grid,
 ) -> Pictures:
     """Encodes pictures, samples under two guidance scales, decodes (sections 3.2 and 3.2.1)."""
-    encode = nnx.merge(networks.text, params["text"])
-    vae = nnx.merge(networks.vae, params["vae"])
-    text = batch.text
-    denoise = guide_edit(
-        denoiser(one_batch(unet(networks, params)), schedule),
-        Conditioning(encode(text.tokens), vae.encode(to_pixels(batch.images)).mean),
-        encode(text.negative),
-        text.text_guidance,
-        batch.image_guidance,
+    encoded, text = encode_edit(networks, params, batch), batch.text
+    denoise = edit_denoise(
+        schedule, networks, params, encoded, text.text_guidance, batch.image_guidance
     )
     z = sample(denoise, text.noise, points, text.keys)
     return decode(networks, scaling, params, z)
+
+
+def text_denoise(
+    schedule: Schedule,
+    networks: Networks,
+    params: Params,
+    encoded: Encoded,
+    text_guidance: Float[Array, "b"],
+) -> Denoise:
+    """The UNet as a denoiser that is guided by text alone."""
+    network = one_batch(unet(networks, params))
+    return guide_text(denoiser(network, schedule), *encoded, text_guidance)
+
+
+def edit_denoise(
+    schedule: Schedule,
+    networks: Networks,
+    params: Params,
+    encoded: Encoded,
+    text_guidance: Float[Array, "b"],
+    image_guidance: Float[Array, "b"],
+) -> Denoise:
+    """The UNet as a denoiser that is guided by image and text."""
+    network = one_batch(unet(networks, params))
+    return guide_edit(denoiser(network, schedule), *encoded, text_guidance, image_guidance)
 
 
 def unet(networks: Networks, params: Params) -> Network:
@@ -100,7 +134,14 @@ def decode(
     networks: Networks, scaling: float, params: Params, z: Float[Array, "b h w z"]
 ) -> Pictures:
     """Scaled latents, and the pictures that the VAE makes of them."""
-    return Pictures(to_uint8(nnx.merge(networks.vae, params["vae"]).decode(z / scaling)), z)
+    return Pictures(to_uint8(decode_pixels(networks, scaling, params, z)), z)
+
+
+def decode_pixels(
+    networks: Networks, scaling: float, params: Params, z: Float[Array, "b h w z"]
+) -> Float[Array, "b height width 3"]:
+    """What the VAE makes of scaled latents: pixels, about in [-1, 1], neither cut nor rounded."""
+    return nnx.merge(networks.vae, params["vae"]).decode(z / scaling)
 
 
 @jax.jit

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from PIL import Image, PngImagePlugin
 from rich.console import Console
@@ -32,9 +33,10 @@ from rich.progress import (
 from ip2p_jax import checks
 from ip2p_jax.cli import Parser, atomic_path, cache_compilations
 from ip2p_jax.diffusion.samplers import SAMPLERS
+from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.placed import Placed
 from ip2p_jax.safety import SafetyChecker
-from ip2p_jax.weights.load import load
+from ip2p_jax.weights.load import Pretrained, load
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 METADATA = "ip2p_jax"  # the PNG's text chunk that holds the settings, as JSON
@@ -68,8 +70,45 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         help="take the VAE from here: a model as above, or the folder or hub id of a VAE alone",
     )
     p.add_argument("--dtype", choices=DTYPES, help="float32 on CPU, else bfloat16")
-    p.add_argument("--safety", action="store_true", help="black out what the model's checker flags")
     return p
+
+
+def add_safety(p: argparse.ArgumentParser) -> None:
+    """Adds the option that asks for the model's own checker."""
+    p.add_argument("--safety", action="store_true", help="black out what the model's checker flags")
+
+
+def add_hosts(p: argparse.ArgumentParser) -> None:
+    """Adds the options with which several hosts share the work and its folder."""
+    p.add_argument("--distributed", action="store_true", help="several hosts, as found around")
+    p.add_argument("--hosts", type=int, default=1, help="several hosts, without --distributed")
+    p.add_argument("--host", type=int, default=0, help="which of --hosts this is, from 0")
+
+
+def this_host(args: argparse.Namespace) -> tuple[int, int]:
+    """Which host this is, of how many; joins the others if --distributed says so.
+
+    Raises ValueError for options that do not go together, or where no hosts are found.
+    """
+    if args.hosts < 1:
+        raise ValueError(f"--hosts {args.hosts}: expected at least 1")
+    if not 0 <= args.host < args.hosts:
+        raise ValueError(f"--host {args.host}: expected 0 to {args.hosts - 1}")
+    if not args.distributed:
+        return args.host, args.hosts
+    if args.hosts > 1:
+        raise ValueError("--distributed: expected without --hosts and --host")
+    find_hosts()
+    return jax.process_index(), jax.process_count()
+
+
+def find_hosts() -> None:
+    """Joins the other hosts; ValueError where the surroundings do not tell which they are."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        known = "TPU pods, Slurm, Open MPI and Kubernetes"
+        raise ValueError(f"--distributed: {error} Hosts are found on {known}.") from None
 
 
 def add_sampling(p: argparse.ArgumentParser, request: type[Request]) -> None:
@@ -165,15 +204,31 @@ def open_model(
     """What `build` (Editor or Generator) makes of the model, and its safety checker if wanted."""
     cache_compilations()
     with console.status(escape(f"loading {args.model}")):
-        pretrained = load(
-            args.model,
-            revision=args.revision,
-            variant=args.variant,
-            vae=args.vae,
-            safety=args.safety,
-        )
+        pretrained = load_model(args)
         checker = SafetyChecker.from_pretrained(pretrained) if args.safety else None
         return build(pretrained, dtype=DTYPES.get(args.dtype)), checker
+
+
+def load_model(args: argparse.Namespace) -> Pretrained:
+    """Opens the model that the options name; its safety checker too, if --safety is one of them."""
+    return load(
+        args.model,
+        revision=args.revision,
+        variant=args.variant,
+        vae=args.vae,
+        safety=getattr(args, "safety", False),
+    )
+
+
+def side_of(resolution: int | None, config: ModelConfig) -> int:
+    """The side of square pictures, by default the model's own.
+
+    Raises ValueError for one that the networks do not take.
+    """
+    side = config.unet.sample_size * config.vae.factor if resolution is None else resolution
+    if side < 1 or side % config.multiple:
+        raise ValueError(f"--resolution {side}: expected a multiple of {config.multiple} px")
+    return side
 
 
 def check_grids(requests: Collection[Request], model: Placed) -> None:

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from ip2p_jax import config
 from ip2p_jax.cli import cache_compilations, one_line_errors
 from ip2p_jax.data.loader import make_loader
+from ip2p_jax.jobs import find_hosts
 from ip2p_jax.training import checkpoint, logs, mesh, optim, runs, state
 from ip2p_jax.training.tasks import Sample
 from ip2p_jax.types import Params, TrainState
@@ -163,15 +164,6 @@ def train(cfg: config.Config, workdir: str, run: Ready) -> None:
                 log.say(f"SIGTERM: saved step {at}")
                 return
         run.finish(current.ema)
-
-
-def find_hosts() -> None:
-    """Joins the other hosts; ValueError where the surroundings do not tell which they are."""
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        known = "TPU pods, Slurm, Open MPI and Kubernetes"
-        raise ValueError(f"--distributed: {error} Hosts are found on {known}.") from None
 
 
 @one_line_errors

@@ -42,6 +42,14 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of transformers' CLIPModel, random weights."""
+    from tests import oracles
+
+    return oracles.tiny_clip(tmp_path_factory.mktemp("tiny_clip"))
+
+
+@pytest.fixture(scope="session")
 def full_ip2p(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A diffusers folder in full SD 1.5 shape with 8 input channels (4.3 GB): for slow tests."""
     from tests.oracles import full_folder

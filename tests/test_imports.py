@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("types", "config", "sizes", "cli", "models.presets"),
+    ("types", "config", "sizes", "cli", "storage", "models.presets"),
     ("models", "diffusion", "data"),
     ("weights", "networks", "guided", "checks", "devices"),
     (

@@ -99,6 +99,13 @@ class Loader:
             self._iterator = None
 
 
+def share(prompts: Sequence[range], fraction: float) -> list[range]:
+    """A random share of the prompts, at least one, the same for every run and seed."""
+    order = np.random.default_rng(0).permutation(len(prompts))
+    chosen = order[: max(1, round(fraction * len(prompts)))]
+    return [prompts[i] for i in np.sort(chosen)]
+
+
 def make_loader(
     cfg: Data,
     tokenizer: Any,
@@ -117,11 +124,12 @@ def make_loader(
     """
     check(cfg, seed, host_count)
     source = PairSource(cfg.path, cfg.split, check_hashes=cfg.check_hashes)
+    prompts = share(source.prompts, cfg.fraction)
     batches = (
-        grain.MapDataset.source(source.prompts)
+        grain.MapDataset.source(prompts)
         .seed(seed)
         .shuffle()
-        .repeat(2**40 // len(source.prompts))  # longer than any run, and still a length
+        .repeat(2**40 // len(prompts))  # longer than any run, and still a length
         .random_map(functools.partial(_draw, source=source, cfg=cfg))
         .batch(cfg.batch_size // host_count, batch_fn=_stack)
     )

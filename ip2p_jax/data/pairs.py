@@ -7,6 +7,7 @@ and `report.json` (what was left out, and why). Pairs of one prompt are neighbou
 
 import io
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,14 @@ FOLDER = "pairs/1.0.0"
 
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 """Which part of the sorted prompt list belongs to which split."""
+
+
+def split_range(count: int, split: str) -> range:
+    """Which of `count` sorted prompts belong to a split; ValueError names the splits there are."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}, only {', '.join(SPLITS)}")
+    low, high = SPLITS[split]
+    return range(math.floor(low * count), math.floor(high * count))
 
 
 class Pair(NamedTuple):

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64 * 2**20
+Stream = io.BytesIO | io.BufferedReader
 
 # What Pillow's decoders are known to raise on damaged files.
 _BROKEN = (
@@ -33,14 +34,13 @@ _ORIENTATION = 0x0112
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Opens and decodes; size is checked from the header, before anything is decoded."""
+def _opened(stream: Stream) -> Iterator[Image.Image]:
+    """Opens but does not decode; the size is checked from the header."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(stream, formats=FORMATS) as image:
             width, height = image.size
             if not 0 < width * height <= MAX_PIXELS:
                 raise ValueError(f"{width}x{height} px, at most {MAX_PIXELS} px in all are read")
-            image.load()
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than {MAX_PIXELS} px, which is the most that is read") from None
@@ -64,8 +64,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode(data: bytes) -> Image.Image:
     """Decodes an encoded picture to upright RGB; ValueError says in one line what is wrong."""
-    with _opened(data) as image:
+    with _opened(io.BytesIO(data)) as image:
+        image.load()
         return to_rgb(image)
+
+
+def size(stream: Stream) -> tuple[int, int]:
+    """Upright width and height from a picture's header alone; ValueError as `decode`."""
+    with _opened(stream) as image:
+        early = image.format != "PNG" or "exif" in image.info  # else PNG would be decoded for it
+        turned = early and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size
+        return (height, width) if turned else (width, height)
 
 
 def read(path: Path) -> Image.Image:
@@ -85,7 +95,8 @@ def plain(data: bytes) -> tuple[bytes, tuple[int, int]]:
 
     Bytes that already are that come back untouched, everything else as PNG, which loses nothing.
     """
-    with _opened(data) as image:
+    with _opened(io.BytesIO(data)) as image:
+        image.load()
         upright = image.getexif().get(_ORIENTATION, 1) == 1
         opaque = image.mode == "RGB" and not image.has_transparency_data
         if upright and opaque and image.format in ("JPEG", "PNG"):

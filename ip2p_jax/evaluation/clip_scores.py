@@ -72,10 +72,16 @@ def embed_images(
     graphdef: Any, params: Params, pictures: UInt8[Array, "b h w 3"]
 ) -> Float32[Array, "b e"]:
     """Image embeddings, not normalised, of pictures of any size; to be called under jit."""
+    return embed_pixels(graphdef, params, pictures.astype(jnp.float32) / 255.0)
+
+
+def embed_pixels(
+    graphdef: Any, params: Params, x: Float[Array, "b h w 3"]
+) -> Float32[Array, "b e"]:
+    """The same of pixels in [0, 1]."""
     with jax.default_matmul_precision("highest"):  # float32 is cut short on TPU and GPU else
         clip = nnx.merge(graphdef, params)
-        x = preprocess(pictures.astype(jnp.float32) / 255.0, clip.vision_model.image_size)
-        return clip.embed_images(x).astype(jnp.float32)
+        return clip.embed_images(preprocess(x, clip.vision_model.image_size)).astype(jnp.float32)
 
 
 def embed_texts(

@@ -8,9 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ip2p_jax.models.presets import CLIPConfig, TextConfig, VisionConfig
+from ip2p_jax.models.presets import CLIPConfig, DINOConfig, TextConfig, VisionConfig
 
-TowerConfig = TextConfig | VisionConfig
+TowerConfig = TextConfig | VisionConfig | DINOConfig
 """What the towers share: width, layers, heads, mlp_width, activation."""
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -83,10 +83,18 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, cfg: TowerConfig, *, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.layer_norm1 = nnx.LayerNorm(cfg.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        cfg: TowerConfig,
+        *,
+        causal: bool,
+        eps: float = 1e-5,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.layer_norm1 = nnx.LayerNorm(cfg.width, epsilon=eps, dtype=dtype, rngs=rngs)
         self.self_attn = SelfAttention(cfg, causal=causal, dtype=dtype, rngs=rngs)
-        self.layer_norm2 = nnx.LayerNorm(cfg.width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.layer_norm2 = nnx.LayerNorm(cfg.width, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(cfg, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -95,11 +103,20 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The stack of layers."""
+    """The stack of layers; `eps` of their norms."""
 
-    def __init__(self, cfg: TowerConfig, *, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: TowerConfig,
+        *,
+        causal: bool,
+        eps: float = 1e-5,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.layers = nnx.List(
-            EncoderLayer(cfg, causal=causal, dtype=dtype, rngs=rngs) for _ in range(cfg.layers)
+            EncoderLayer(cfg, causal=causal, eps=eps, dtype=dtype, rngs=rngs)
+            for _ in range(cfg.layers)
         )
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -124,12 +141,19 @@ class CLIPText(nnx.Module):
 class PatchEmbeddings(nnx.Module):
     """A learned vector in front of the linearly embedded patches, plus position."""
 
-    def __init__(self, cfg: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: VisionConfig | DINOConfig,
+        *,
+        use_bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         patch = (cfg.patch_size, cfg.patch_size)
         positions = (cfg.image_size // cfg.patch_size) ** 2 + 1
         self.class_embedding = nnx.Param(jnp.zeros(cfg.width))
         self.patch_embedding = nnx.Conv(
-            3, cfg.width, patch, patch, padding="VALID", use_bias=False, dtype=dtype, rngs=rngs
+            3, cfg.width, patch, patch, padding="VALID", use_bias=use_bias, dtype=dtype, rngs=rngs
         )
         self.position_embedding = nnx.Embed(positions, cfg.width, dtype=dtype, rngs=rngs)
 

@@ -84,6 +84,23 @@ class CLIPConfig:
 
 
 @dataclass(frozen=True)
+class DINOConfig:
+    """DINO's vision transformer (transformers' `ViTModel`).
+
+    The defaults are ViT-S/16.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 384
+    layers: int = 12
+    heads: int = 6
+    mlp_width: int = 1536
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One latent diffusion model: UNet, VAE and text tower."""
 

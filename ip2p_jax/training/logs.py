@@ -119,7 +119,7 @@ class Logs:
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends to metrics.jsonl, TensorBoard and the terminal."""
-        line = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in line.items()}
+        line = {name: float(f"{v:.9g}") if isinstance(v, float) else v for name, v in line.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():

@@ -65,7 +65,8 @@ def locate(model: str, revision: str | None, wanted: list[str]) -> Path:
 
 
 def locate_clip(model: str, revision: str | None) -> Path:
-    """Returns the file or folder of a CLIP, downloading what is needed of a hub id.
+    """Returns the file or folder of a CLIP, or of another model that transformers keeps under the
+    same file names, downloading what is needed of a hub id.
 
     Raises:
       FileNotFoundError: there is no such thing, or no way to get it.
@@ -73,7 +74,7 @@ def locate_clip(model: str, revision: str | None) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if not HUB_ID.fullmatch(model) or path.suffix in (".safetensors", ".pt", ".bin"):
+    if not HUB_ID.fullmatch(model) or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         raise FileNotFoundError(f"{model}: no such file or folder, and not a hub id (owner/name)")
     folder = download(model, revision, [*CLIP, *CLIP_SAFETENSORS])
     if any(folder.glob("model*.safetensors")):

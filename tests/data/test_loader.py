@@ -56,6 +56,19 @@ def test_every_epoch_has_each_prompt_once_in_a_new_order(straight):
     assert len({tuple(epoch) for epoch in order.tolist()}) == 10
 
 
+def test_a_fraction_of_the_prompts(packed):
+    """Always the same ones, and those of a smaller fraction among those of a larger one."""
+
+    def prompts(fraction, seed=7):
+        batches = take(loader(packed, fraction=fraction, seed=seed), 6)
+        return set(np.concatenate([batch.tokens[:, 0] for batch in batches]).tolist())
+
+    third, quarter = prompts(1 / 3), prompts(1 / 4)
+    assert len(third) == 12 and len(quarter) == 9 and quarter < third
+    assert prompts(1 / 3, seed=8) == third != set(range(12))
+    assert len(prompts(0.001)) == 1 and len(prompts(1.0)) == 36
+
+
 def test_one_pair_of_a_prompt_is_drawn_at_random(packed):
     batches = take(loader(packed, batch_size=144), 8)
     pairs = Counter(identify(x)[1] for batch in batches for x in batch.input)

@@ -15,7 +15,6 @@ from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.unet import UNet
 from ip2p_jax.placed import place
 from ip2p_jax.weights.load import load
-from tests import oracles
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +28,6 @@ def tiny_unet(tiny_sd: Path):
         return nnx.merge(graph, params)(z, t, text, attend)
 
     return unet
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of transformers' CLIPModel, random weights."""
-    return oracles.tiny_clip(tmp_path_factory.mktemp("tiny_clip"))
 
 
 @pytest.fixture(scope="session")

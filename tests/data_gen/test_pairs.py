@@ -17,12 +17,13 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from data_gen import pack, pairs, storage
+from data_gen import pack, pairs
 from data_gen.candidates import CandidateMaker
 from data_gen.pair_filter import Thresholds
 from data_gen.pair_folder import PairFolder
 from data_gen.pair_run import Selection, make_pairs
 from data_gen.triplet_file import read_triplets
+from ip2p_jax import storage
 from tests.kills import KILLS, write_row
 
 TRIPLETS = [

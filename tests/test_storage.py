@@ -4,7 +4,7 @@
 import pytest
 from etils import epath
 
-from data_gen import storage
+from ip2p_jax import storage
 
 
 @pytest.fixture

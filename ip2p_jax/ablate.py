@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains and evaluates a list of runs that differ in a few options, and draws them in one figure.
+
+  python -m ip2p_jax.ablate configs/ablation.json --output ablation
+
+The file lists the options of `ip2p_jax.train` and `ip2p_jax.evaluate` that all runs share, and what
+each run has of its own (figure 10 of the paper: less data, no CLIP filter; and other seeds):
+
+  {"train": {"config": "configs/tpu_v4.py", "config.data.path": "shards"},
+   "evaluate": {"data": "shards", "samples": 2000},
+   "runs": {"all data": {},
+            "10 % of the data": {"train": {"config.data.fraction": 0.1}},
+            "no CLIP filter": {"train": {"config.data.path": "shards_unfiltered"}},
+            "another seed": {"train": {"config.seed": 1}}}}
+
+Each run has DIR/NAME/train and DIR/NAME/evaluation. The same command again goes on where it was
+stopped; in the end DIR holds curves.png and table.md of all runs.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+
+from ip2p_jax.cli import Parser, atomic_path, one_line_errors
+from ip2p_jax.evaluation import report
+from ip2p_jax.evaluation.summary import CURVE
+
+PARTS = ("train", "evaluate")
+
+
+class Run(NamedTuple):
+    """One run: its name, and the options of both commands that make it."""
+
+    name: str
+    train: dict[str, Any]
+    evaluate: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Its name as that of a folder."""
+        return re.sub(r"[^A-Za-z0-9.]+", "_", self.name).strip("_")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describes the command line."""
+    p = Parser(
+        prog="python -m ip2p_jax.ablate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("file", help="the list of runs, JSON")
+    p.add_argument("--output", required=True, metavar="DIR", help="folder of all runs")
+    return p
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Reads the list of runs; ValueError or FileNotFoundError in one line that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a list of runs in JSON")
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    shared = options_of(tree, ("runs", *PARTS), str(path))
+    named = tree.get("runs")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{path}: runs: expected an object, name of a run -> its own options")
+    runs = []
+    for name, tree in named.items():
+        own = options_of(tree, PARTS, f"{path}: {name}")
+        runs.append(Run(name, *(shared[part] | own[part] for part in PARTS)))
+    folders = [run.folder for run in runs]
+    for run in runs:
+        if not run.folder or folders.count(run.folder) > 1:
+            raise ValueError(f"{path}: run {run.name!r}: expected a name that no other run has")
+        if "config" not in run.train or "data" not in run.evaluate:
+            raise ValueError(f"{path}: {run.name}: expected train.config and evaluate.data")
+    return runs
+
+
+def options_of(tree: Any, known: Sequence[str], what: str) -> dict[str, dict[str, Any]]:
+    """The options of both commands; ValueError for anything else."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{what}: expected an object")
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"{what}: {key!r}, expected one of {', '.join(known)}")
+    for part in PARTS:
+        taken = {"train": "workdir", "evaluate": "output"}[part]
+        if not isinstance(tree.get(part, {}), dict) or {taken, "model"} & set(tree.get(part, {})):
+            raise ValueError(f"{what}: {part}: expected options but for model and {taken}")
+    return {part: tree.get(part, {}) for part in PARTS}
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """Options as they are given on a command line; a flag is true, or left out."""
+    given = []
+    for name, value in options.items():
+        if type(value) is not bool or name.startswith("config."):
+            given.append(f"--{name}={value}")
+        elif value:
+            given.append(f"--{name}")
+    return given
+
+
+def commands(run: Run, folder: Path) -> list[list[str]]:
+    """What makes a run, in order."""
+    workdir, output = folder / "train", folder / "evaluation"
+    return [
+        ["ip2p_jax.train", *arguments(run.train), f"--workdir={workdir}"],
+        [
+            "ip2p_jax.evaluate",
+            *arguments(run.evaluate),
+            f"--model={workdir}",
+            f"--output={output}",
+        ],
+    ]
+
+
+def make(run: Run, folder: Path) -> int:
+    """Trains and evaluates a run, unless just that is done; returns the exit code."""
+    wanted, done = commands(run, folder), folder / "done.json"
+    if done.exists() and json.loads(done.read_text()) == wanted:
+        return 0
+    for command in wanted:  # in processes of their own, so that each has the devices to itself
+        code = subprocess.run([sys.executable, "-m", *command]).returncode
+        if code:
+            return code
+    with atomic_path(done) as part:
+        part.write_text(json.dumps(wanted))
+    return 0
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 all runs are done, 2 wrong input, else that of the command that failed."""
+    args = parser().parse_args(argv)
+    runs, output = read_runs(Path(args.file)), Path(args.output)
+    console = Console(stderr=True)
+    points = {}
+    for i, run in enumerate(runs, 1):
+        console.print(escape(f"run {i} of {len(runs)}: {run.name}"))
+        folder = output / run.folder
+        if code := make(run, folder):
+            print(
+                f"error: {run.name}: its command failed; the same command goes on from there",
+                file=sys.stderr,
+            )
+            return code
+        rows = report.read_metrics(folder / "evaluation" / "metrics.jsonl")
+        points[run.name] = [row for row in rows if row["kind"] == "point"]
+    texts = [f"## {name}\n\n{report.table(rows)}" for name, rows in points.items()]
+    files = {"curves.png": report.curve(points, *CURVE), "table.md": "\n".join(texts).encode()}
+    for name, data in files.items():
+        with atomic_path(output / name) as part:
+            part.write_bytes(data)
+    print(f"{len(runs)} runs: {output / 'curves.png'}, {output / 'table.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

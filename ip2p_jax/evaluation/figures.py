@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of an evaluation: curves (figures 8 and 10), and sheets of pictures (figure 4)."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ip2p_jax.evaluation import sheets
+from ip2p_jax.evaluation.columns import SCORES, SETTINGS, Row
+from ip2p_jax.evaluation.trade_off import Curve, curves
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+MARKERS = "osD^vP"
+"""Okabe and Ito's colours, which the colour-blind can tell apart; markers help where they end."""
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#222222",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+    "svg.hashsalt": "ip2p_jax",  # the same file again
+}
+DPI = 150  # 1080 px wide
+
+Picture = UInt8[np.ndarray, "h w 3"]
+
+
+def trade_off(runs: Mapping[str, Sequence[Row]], x: str, y: str) -> Figure:
+    """One score over another, a line a run, from the points of runs by name.
+
+    Crosses are bootstrap intervals, numbers the value of what was swept. Raises ValueError naming
+    a run that has not both scores.
+    """
+    lines = curves(runs, x, y)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.add_subplot()
+        for i, line in enumerate(lines):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            draw_curve(ax, line, (x, y), colour, marker)
+        ax.margins(0.09)
+        ax.set_xlabel(f"{SCORES[x].title} {'→' if SCORES[x].higher else '←'}")
+        ax.set_ylabel(f"{SCORES[y].title} {'→' if SCORES[y].higher else '←'}")
+        swept = " or ".join(dict.fromkeys(SETTINGS[line.swept] for line in lines))
+        ax.set_title(
+            f"numbers: {swept};  crosses: 95 % intervals;  arrows: better",
+            loc="left",
+            fontsize=9,
+            color="#777777",
+        )
+        ax.legend(loc="best", fontsize=10)
+    return figure
+
+
+def draw_curve(ax: Axes, line: Curve, scores: tuple[str, str], colour: str, marker: str) -> None:
+    """Draws a line through points, a cross of its two intervals and its value at each."""
+    x, y = map(line.values, scores)
+    ends = [
+        abs(np.stack([line.values(f"{score}_{end}") for end in ("low", "high")]) - mean[None])
+        for score, mean in zip(scores, (x, y), strict=True)
+    ]
+    ax.errorbar(x, y, ends[1], ends[0], "none", ecolor=colour, elinewidth=1, alpha=0.45)
+    ax.plot(
+        x, y, color=colour, marker=marker, markersize=6, markeredgecolor="white", label=line.name
+    )
+    for place, point in zip(zip(x, y, strict=True), line.points, strict=True):
+        ax.annotate(
+            f"{point[line.swept]:g}",
+            place,
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=colour,
+        )
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """A figure as "png", "svg" or "pdf"; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    metadata = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    return buffer.getvalue()
+
+
+def guidance_grid(
+    pictures: Mapping[tuple[float, float], Picture], input: Picture, instruction: str
+) -> Image.Image:
+    """Results by text guidance (downwards) and image guidance (across), the input beside them.
+
+    pictures: by (s_T, s_I); what is missing stays empty. Figure 4.
+    """
+    down, across = (sorted({key[i] for key in pictures}) for i in (0, 1))
+    images = {key: Image.fromarray(picture) for key, picture in pictures.items()}
+    results = sheets.picture_table(
+        [sheets.Line(f"text guidance {t:g}", [images.get((t, i)) for i in across]) for t in down],
+        [f"image guidance {i:g}" for i in across],
+        label=90,
+    )
+    given = sheets.picture_table([sheets.Line("", [Image.fromarray(input)])], ["input"], label=0)
+    words = sheets.wrapped(f"“{instruction}”", sheets.SIDE, 8)
+    height = given.height + round(sheets.LINE * sheets.SIZE * len(words))
+    left = given.width + sheets.MARGIN
+    size = (left + results.width, max(results.height, height))
+    sheet = Image.new("RGB", size, sheets.PAPER)
+    sheet.paste(given, (0, 0))
+    sheets.write(sheet, (0, given.height), words)
+    sheet.paste(results, (left, 0))
+    return sheets.framed(sheet)
+
+
+def sample_grid(
+    rows: Sequence[tuple[str, Sequence[Picture | None]]], titles: Sequence[str]
+) -> Image.Image:
+    """Examples downwards: each an instruction and its pictures, such as input, results, target.
+
+    None leaves a place empty. Raises ValueError for an example with another number of pictures
+    than there are titles.
+    """
+    lines = [
+        sheets.Line(f"“{label}”", [None if p is None else Image.fromarray(p) for p in pictures])
+        for label, pictures in rows
+    ]
+    return sheets.framed(sheets.picture_table(lines, titles))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that is kept in a folder, on disks that fail for a while: shared ones, and buckets through
+etils.epath."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from etils import epath
+
+from ip2p_jax.cli import atomic_path
+
+T = TypeVar("T")
+
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Seconds between the tries of `retried`: about a minute in all."""
+
+
+class StorageError(Exception):
+    """Storage that failed at every try; what was not written is made again by the same command."""
+
+
+def retried(action: Callable[[], T], what: str) -> T:
+    """Does `action` until it raises no OSError, with longer and longer waits between.
+
+    Raises StorageError that says `what` failed and why. A path that is not there, or is of the
+    wrong kind, is no failure of the disk and is raised at once.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if wait is None:
+                tries = len(WAITS) + 1
+                raise StorageError(f"{what}: failed {tries} times ({error})") from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all. A bucket's objects are so by themselves."""
+    if "://" in str(path):
+        path.write_bytes(data)
+        return
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+
+
+def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    """One JSON object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def open_folder(path: str, settings: dict[str, Any], kind: str) -> epath.Path:
+    """Opens the folder of work that `settings` decides, or begins one, with its settings.json.
+
+    Raises ValueError if the folder is not of that `kind`, or naming the settings that differ.
+    """
+    settings = json.loads(json.dumps(settings))
+    folder = epath.Path(path)
+    file = folder / "settings.json"
+    if not file.exists():
+        part = f".{file.name}."  # of a process that was killed, or of another host
+        used = folder.exists() and any(not x.name.startswith(part) for x in folder.iterdir())
+        if not used:
+            retried(lambda: folder.mkdir(parents=True, exist_ok=True), str(path))
+            retried(lambda: write_whole(file, json.dumps(settings, indent=1).encode()), str(file))
+        elif not file.exists():  # else another host has begun it just now
+            raise ValueError(f"{path} is already there and not a folder of {kind} (no {file.name})")
+    there = json.loads(file.read_text())
+    for name in sorted({*there, *settings}):
+        if there.get(name) != settings.get(name):
+            raise ValueError(
+                f"{path} was made with {name} {there.get(name)!r}, this command says "
+                f"{settings.get(name)!r}: give another --output, or the same {name}"
+            )
+    return folder

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: a list of runs is trained, evaluated and drawn by one command, which goes on where it was
+stopped; wrong lists are refused in one line before anything runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ip2p_jax import ablate
+from ip2p_jax.evaluation.report import read_metrics
+from tests import oracles
+from tests.test_train import CONFIG, sources  # noqa: F401 (a fixture)
+
+GOOD = {
+    "train": {"config": "c.py", "config.steps": 4},
+    "evaluate": {"data": "d", "legacy": True, "samples": 3},
+    "runs": {"all": {}, "10 % of it": {"train": {"config.data.fraction": 0.1}}},
+}
+
+
+def write(folder: Path, tree: object) -> Path:
+    path = folder / "runs.json"
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    return path
+
+
+def test_options_of_a_run_go_over_the_shared_ones(tmp_path):
+    first, second = ablate.read_runs(write(tmp_path, GOOD))
+    assert (first.name, first.folder, second.folder) == ("all", "all", "10_of_it")
+    assert "config.data.fraction" not in first.train
+    train, evaluate = ablate.commands(second, Path("out"))
+    assert train == [
+        "ip2p_jax.train",
+        *("--config=c.py", "--config.steps=4", "--config.data.fraction=0.1"),
+        "--workdir=out/train",
+    ]
+    assert evaluate == [
+        *("ip2p_jax.evaluate", "--data=d", "--legacy", "--samples=3"),
+        *("--model=out/train", "--output=out/evaluation"),
+    ]
+    assert ablate.arguments({"legacy": False, "config.a": False}) == ["--config.a=False"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ("{", "not JSON"),
+        ([], "expected an object"),
+        ({**GOOD, "run": {}}, "'run', expected one of runs, train, evaluate"),
+        ({**GOOD, "runs": {}}, "runs: expected an object, name of a run"),
+        ({**GOOD, "runs": {"a": {"trian": {}}}}, "a: 'trian', expected one of train, evaluate"),
+        ({**GOOD, "runs": {"a b": {}, "a_b": {}}}, "expected a name that no other run has"),
+        ({**GOOD, "runs": {"%": {}}}, "expected a name that no other run has"),
+        ({**GOOD, "train": {}}, "all: expected train.config and evaluate.data"),
+        ({**GOOD, "evaluate": {"data": "d", "output": "x"}}, "evaluate: expected options but"),
+    ],
+)
+def test_wrong_lists(tmp_path, capsys, tree, words):
+    path = write(tmp_path, tree)
+    assert ablate.main([str(path), "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {path}") and err.count("\n") == 1 and words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_list(tmp_path, capsys):
+    assert ablate.main([str(tmp_path / "none.json"), "--output", str(tmp_path)]) == 2
+    assert "none.json: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_runs(packed, sources, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """All of it: two small runs, one on part of the data, from training to the figure."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    tree = {
+        "train": {
+            "config": CONFIG,
+            "config.data.path": str(packed),
+            "config.model.vae": str(sources),
+            "config.model.tokenizer": str(sources / "tokenizer"),
+            "config.steps": 4,
+        },
+        "evaluate": {
+            "data": str(packed),
+            "clip": str(oracles.tiny_clip(tmp_path / "clip")),
+            "steps": 2,
+            "samples": 2,
+            "fit": "crop",
+            "image-guidance": "1,2",
+        },
+        "runs": {"all": {}, "a quarter": {"train": {"config.data.fraction": 0.25}}},
+    }
+    path, out = write(tmp_path, tree), tmp_path / "out"
+    command = [str(path), "--output", str(out)]
+    tree["runs"]["a quarter"]["train"]["config.steps"] = 3  # not a multiple of what is accumulated
+    path = write(tmp_path, tree)
+    assert ablate.main(command) == 2  # the second run cannot begin
+    assert "a quarter: its command failed" in capsys.readouterr().err
+    assert (out / "all" / "done.json").exists() and not (out / "curves.png").exists()
+    before = (out / "all" / "evaluation" / "metrics.jsonl").stat().st_mtime_ns
+
+    del tree["runs"]["a quarter"]["train"]["config.steps"]
+    write(tmp_path, tree)
+    assert ablate.main(command) == 0
+    assert (out / "all" / "evaluation" / "metrics.jsonl").stat().st_mtime_ns == before
+    metrics = [read_metrics(out / x / "evaluation" / "metrics.jsonl") for x in ("all", "a_quarter")]
+    points = [[row for row in rows if row["kind"] == "point"] for rows in metrics]
+    assert [len(rows) for rows in points] == [2, 2] and points[0] != points[1]
+    with Image.open(out / "curves.png") as figure:
+        assert figure.width > 500
+    table = (out / "table.md").read_text()
+    assert "## all" in table and "## a quarter" in table
