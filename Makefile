@@ -14,7 +14,7 @@ quickstart: .venv/.core
 	$(BIN)/python examples/quickstart.py --output quickstart
 
 test: .venv/.test
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow
