@@ -9,6 +9,7 @@ and holds those scores only that apply. Where a score holds for some examples of
 point has SCORE_examples, too.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -32,6 +33,9 @@ SETTINGS = {
     "strength": "strength",
 }
 """What makes a point, and how it is called; a method has image guidance or strength."""
+
+TITLES = {"ip2p": "InstructPix2Pix", "sdedit": "SDEdit"}
+"""What methods are called in figures."""
 
 INPUT, TARGET = "the input and the result", "the target and the result"
 
@@ -70,3 +74,9 @@ def setting(row: Row) -> tuple:
 def words(row: Row) -> str:
     """The settings of a line in words."""
     return ", ".join(f"{name} {row[name]}" for name in SETTINGS if name in row)
+
+
+def aligned(values: Sequence[float]) -> list[str]:
+    """Numbers with as many decimals as the one that needs most, six digits at most."""
+    decimals = max(len(f"{value:.6g}".partition(".")[2]) for value in values)
+    return [f"{value:.{decimals}f}" for value in values]

@@ -11,10 +11,12 @@ from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from ip2p_jax.evaluation import sheets
-from ip2p_jax.evaluation.columns import SCORES, SETTINGS, Row
+from ip2p_jax.evaluation.bootstrap import LEVEL
+from ip2p_jax.evaluation.columns import SCORES, SETTINGS, Row, aligned
 from ip2p_jax.evaluation.trade_off import Curve, curves
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -31,6 +33,9 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
+    "lines.markersize": 6.5,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
     "xtick.color": "#555555",
     "ytick.color": "#555555",
     "legend.frameon": False,
@@ -53,14 +58,13 @@ def trade_off(runs: Mapping[str, Sequence[Row]], x: str, y: str) -> Figure:
         FigureCanvasAgg(figure)
         ax = figure.add_subplot()
         for i, line in enumerate(lines):
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            draw_curve(ax, line, (x, y), colour, marker)
+            draw_curve(ax, line, (x, y), i)
         ax.margins(0.09)
         ax.set_xlabel(f"{SCORES[x].title} {'→' if SCORES[x].higher else '←'}")
         ax.set_ylabel(f"{SCORES[y].title} {'→' if SCORES[y].higher else '←'}")
         swept = " or ".join(dict.fromkeys(SETTINGS[line.swept] for line in lines))
         ax.set_title(
-            f"numbers: {swept};  crosses: 95 % intervals;  arrows: better",
+            f"numbers: {swept}  ·  crosses: {LEVEL:.0%} intervals  ·  arrows: better",
             loc="left",
             fontsize=9,
             color="#777777",
@@ -69,26 +73,33 @@ def trade_off(runs: Mapping[str, Sequence[Row]], x: str, y: str) -> Figure:
     return figure
 
 
-def draw_curve(ax: Axes, line: Curve, scores: tuple[str, str], colour: str, marker: str) -> None:
-    """Draws a line through points, a cross of its two intervals and its value at each."""
+def draw_curve(ax: Axes, line: Curve, scores: tuple[str, str], number: int) -> None:
+    """Draws a line through points, a cross of its two intervals and its value at each.
+
+    Values are written above every other line and below the rest, where lines are near.
+    """
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     x, y = map(line.values, scores)
     ends = [
         abs(np.stack([line.values(f"{score}_{end}") for end in ("low", "high")]) - mean[None])
         for score, mean in zip(scores, (x, y), strict=True)
     ]
     ax.errorbar(x, y, ends[1], ends[0], "none", ecolor=colour, elinewidth=1, alpha=0.45)
-    ax.plot(
-        x, y, color=colour, marker=marker, markersize=6, markeredgecolor="white", label=line.name
-    )
-    for place, point in zip(zip(x, y, strict=True), line.points, strict=True):
-        ax.annotate(
-            f"{point[line.swept]:g}",
+    ax.plot(x, y, color=colour, marker=marker, markeredgecolor="white", label=line.name)
+    side = -1 if number % 2 else 1
+    values = aligned(line.values(line.swept).tolist())
+    for *place, value in zip(x, y, values, strict=True):
+        text = ax.annotate(
+            value,
             place,
-            xytext=(5, 5),
+            xytext=(5 * side, 4 * side),
             textcoords="offset points",
+            horizontalalignment="left" if side > 0 else "right",
+            verticalalignment="bottom" if side > 0 else "top",
             fontsize=8.5,
             color=colour,
         )
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
 def render(figure: Figure, kind: str) -> bytes:

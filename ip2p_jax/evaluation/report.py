@@ -179,7 +179,7 @@ def check_values(row: Row) -> None:
         if name == "method" and not isinstance(value, str):
             raise ValueError(f"{name}: {value!r}, expected a text")
         free = name in SCORES and row["kind"] == "example"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = type(value) in (int, float)
         if name in NUMBERS and not (number and (free or math.isfinite(value))):
             raise ValueError(f"{name}: {value!r}, expected a {'' if free else 'finite '}number")
     if row["kind"] == "point":

@@ -80,13 +80,13 @@ def picture_table(
             raise ValueError(f"{line.label}: {len(line.pictures)} pictures, not {len(titles)}")
     placed = [[p and fitted(p, side) for p in line.pictures] for line in lines]
     heights = [max((p.height for p in row if p), default=side) for row in placed]
-    head = round(LINE * SIZE * 2)
-    size = (label + len(titles) * (side + GAP), head + sum(heights) + GAP * len(lines))
+    above = [wrapped(title, side, 2) for title in titles]
+    head = round(LINE * SIZE * max(map(len, above), default=0))
+    size = (label + len(titles) * (side + GAP) - GAP, head + sum(heights) + GAP * (len(lines) - 1))
     sheet = Image.new("RGB", size, PAPER)
-    for j, title in enumerate(titles):
-        above = wrapped(title, side, 2)
-        y = head - round(LINE * SIZE * len(above))
-        write(sheet, (label + j * (side + GAP) + side / 2, y), above, anchor="ma")
+    for j, words in enumerate(above):
+        y = head - round(LINE * SIZE * len(words))
+        write(sheet, (label + j * (side + GAP) + side / 2, y), words, anchor="ma")
     top = head
     for line, row, height in zip(lines, placed, heights, strict=True):
         most = max(1, int(height / (LINE * SIZE)))
@@ -97,8 +97,8 @@ def picture_table(
             if picture is None:
                 sheet.paste(EMPTY, (left, top, left + side, top + height))
             else:
-                at = left + (side - picture.width) // 2, top + (height - picture.height) // 2
-                sheet.paste(picture, at)
+                down = top + (height - picture.height) // 2
+                sheet.paste(picture, (left + (side - picture.width) // 2, down))
         top += height + GAP
     return sheet
 

@@ -6,13 +6,14 @@ guidance, text guidance, or strength (figures 8 and 10).
 """
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from ip2p_jax.evaluation.columns import SETTINGS, Row
+from ip2p_jax.evaluation.columns import TITLES, SETTINGS, Row
 
 
 class Curve(NamedTuple):
@@ -41,38 +42,42 @@ class Comparison(NamedTuple):
 
 
 def curves(runs: Mapping[str, Sequence[Row]], x: str, y: str) -> list[Curve]:
-    """The curves of runs by name. Raises ValueError naming a run that has not both scores."""
+    """The curves of runs by name, each called by its run and by what it differs in from the others.
+
+    Raises ValueError naming a run that has not both scores.
+    """
     found = []
     for run, points in runs.items():
         usable = [point for point in points if x in point and y in point]
         if not usable:
             raise ValueError(f"{run}: no point has both {x} and {y}")
-        found += split(run, usable)
-    if len(runs) == 1 and len(found) > 1:  # what they have in common says nothing
-        found = [c._replace(name=c.name.split(", ", 1)[1]) for c in found]
+        for curve in split(usable):
+            both = len(runs) > 1 and curve.name  # what all have in common says nothing
+            found.append(curve._replace(name=f"{run}, {curve.name}" if both else curve.name or run))
     return found
 
 
-def split(run: str, points: Sequence[Row]) -> list[Curve]:
-    """The curves of a run, called by the run and the settings in which they differ."""
+def split(points: Sequence[Row]) -> list[Curve]:
+    """The curves of a run, called by the settings in which they differ."""
     apart = ["method", "turn", "text_guidance"]
-    if max(map(len, group(points, apart).values())) == 1:
+    if all(len(members) == 1 for members in group(points, apart)):
         apart.remove("text_guidance")  # then that is what was swept
+    differing = [name for name in apart if differ(points, name)]
     found = []
-    for key, members in group(points, apart).items():
-        swept = next(
-            (name for name in ("strength", "image_guidance") if differ(members, name)),
-            "text_guidance" if differ(members, "text_guidance") else axis(members[0]),
-        )
-        of_run = [run]
-        for name, value in zip(apart, key, strict=True):
-            if differ(points, name):
-                called = "" if name == "method" else SETTINGS[name] + " "
-                of_run.append(
-                    f"{called}{value:g}" if isinstance(value, float) else f"{called}{value}"
-                )
-        found.append(Curve(", ".join(of_run), swept, sorted(members, key=lambda p: p[swept])))
+    for members in group(points, apart):
+        swept = axis(members[0])
+        if differ(members, "text_guidance") and not differ(members, swept):
+            swept = "text_guidance"
+        name = ", ".join(word(members[0], name) for name in differing)
+        found.append(Curve(name, swept, sorted(members, key=lambda point: point[swept])))
     return found
+
+
+def word(point: Row, name: str) -> str:
+    """A setting as it stands in a legend."""
+    if name == "method":
+        return TITLES.get(point[name]) or point[name]
+    return f"{SETTINGS[name]} {point[name]:g}"
 
 
 def axis(point: Row) -> str:
@@ -84,10 +89,10 @@ def differ(points: Sequence[Row], name: str) -> bool:
     return len({point.get(name) for point in points}) > 1
 
 
-def group(points: Sequence[Row], names: Sequence[str]) -> dict[tuple, list[Row]]:
-    """Points by the values of some settings, in order of these."""
-    key = lambda point: tuple(point[name] for name in names)  # noqa: E731
-    return {k: list(members) for k, members in itertools.groupby(sorted(points, key=key), key)}
+def group(points: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
+    """Points that agree in some settings, in order of these."""
+    key = operator.itemgetter(*names)
+    return [list(members) for _, members in itertools.groupby(sorted(points, key=key), key)]
 
 
 def compare(a: Curve, b: Curve, x: str, y: str) -> Comparison | None:

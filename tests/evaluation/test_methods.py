@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img
+from PIL import Image
 
 from ip2p_jax.editor import Editor
 from ip2p_jax.evaluation.examples import Turn
@@ -76,7 +77,7 @@ class Theirs:
     """diffusers' img2img on torch."""
 
     def __init__(self, folder):
-        scheduler = SCHEDULERS["ddim"](**SCHEDULE)  # replaced at each call
+        scheduler = SCHEDULERS["ddim"](**SCHEDULE, **OPTIONS["ddim"])  # replaced at each call
         self.pipe: Any = StableDiffusionImg2ImgPipeline.from_pretrained(
             folder, scheduler=scheduler, safety_checker=None
         )
@@ -162,14 +163,14 @@ def test_strengths_that_leave_nothing_or_too_much(generator, strength, left):
 
 
 def test_instruct_pix2pix_equals_the_editor(tiny_ip2p):
-    """With the same noise and keys. Controls: another turn, another seed, another guidance."""
+    """With the same noise and keys. Controls: another turn, other keys, another guidance."""
     editor = Editor.from_pretrained(str(tiny_ip2p))
     editor.rows = 2
     model, texts, pictures = editor.model, ["make it night", "add a bird"], photos(SIDE, SIDE)[:2]
     method = InstructPix2Pix(model, Recipe(3, "euler_ancestral", seed=4))
     assert [method.text(Turn(text, "x", "y")) for text in texts] == texts
 
-    def ours(turn: int, point: Values, method: Method = method) -> tuple[Start, np.ndarray]:
+    def ours(turn: int, point: Values) -> tuple[Start, np.ndarray]:
         rows = Rows(pictures, model.tokenize(texts), *indices([5, 9], [turn, turn]))
         start = jax.jit(method.encode)(model.params, rows)
         return start, sample(method, start, point, 1.5)
@@ -177,20 +178,22 @@ def test_instruct_pix2pix_equals_the_editor(tiny_ip2p):
     point = values((7.5, 1.5), (5.0, 1.2))
     start, got = ours(0, point)
     batch = editor.batch(
-        pictures,
+        [Image.fromarray(picture) for picture in pictures],
         np.asarray(start.noise),
         instructions=texts,
-        text_guidance=point.text_guidance,
-        image_guidance=point.other,
+        text_guidance=point.text_guidance.tolist(),
+        image_guidance=point.other.tolist(),
         seed=[0, 0],
         negative=["", ""],
     )
     batch = batch._replace(text=batch.text._replace(keys=start.keys))
     want = editor.edit(batch, 3, "euler_ancestral").latents
     assert relative(got, want) < 1e-5
-    other = InstructPix2Pix(model, Recipe(3, "euler_ancestral", seed=5))
-    for _, wrong in (ours(1, point), ours(0, point, other), ours(0, values((7.6, 1.5), (5, 1.2)))):
+    for _, wrong in (ours(1, point), ours(0, values((7.6, 1.5), (5, 1.2)))):
         assert relative(wrong, want) > 5 * LATENTS
+    keys = jax.random.split(jax.random.key(4), 2)
+    wrong = sample(method, start._replace(keys=keys), point, 1.5)
+    assert relative(wrong, want) > 5 * LATENTS
 
 
 def test_keys_depend_on_seed_example_and_turn_alone():
