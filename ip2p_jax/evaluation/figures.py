@@ -88,16 +88,17 @@ def draw_curve(ax: Axes, line: Curve, scores: tuple[str, str], number: int) -> N
     ax.plot(x, y, color=colour, marker=marker, markeredgecolor="white", label=line.name)
     side = -1 if number % 2 else 1
     values = aligned(line.values(line.swept).tolist())
-    for *place, value in zip(x, y, values, strict=True):
+    for at_x, at_y, value in zip(x, y, values, strict=True):
         text = ax.annotate(
             value,
-            place,
+            (at_x, at_y),
             xytext=(5 * side, 4 * side),
             textcoords="offset points",
             horizontalalignment="left" if side > 0 else "right",
             verticalalignment="bottom" if side > 0 else "top",
             fontsize=8.5,
             color=colour,
+            zorder=1.5,  # behind every line and point
         )
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
@@ -120,19 +121,21 @@ def guidance_grid(
     """
     down, across = (sorted({key[i] for key in pictures}) for i in (0, 1))
     images = {key: Image.fromarray(picture) for key, picture in pictures.items()}
-    results = sheets.picture_table(
-        [sheets.Line(f"text guidance {t:g}", [images.get((t, i)) for i in across]) for t in down],
-        [f"image guidance {i:g}" for i in across],
-        label=90,
-    )
+    rows = [
+        sheets.Line(f"text guidance {value}", [images.get((t, i)) for i in across])
+        for t, value in zip(down, aligned(down), strict=True)
+    ]
+    titles = [f"image guidance {value}" for value in aligned(across)]
+    results = sheets.picture_table(rows, titles, label=90)
     given = sheets.picture_table([sheets.Line("", [Image.fromarray(input)])], ["input"], label=0)
     words = sheets.wrapped(f"“{instruction}”", sheets.SIDE, 8)
-    height = given.height + round(sheets.LINE * sheets.SIZE * len(words))
+    under = given.height + sheets.GAP
+    height = under + round(sheets.LINE * sheets.SIZE * len(words))
     left = given.width + sheets.MARGIN
     size = (left + results.width, max(results.height, height))
     sheet = Image.new("RGB", size, sheets.PAPER)
     sheet.paste(given, (0, 0))
-    sheets.write(sheet, (0, given.height), words)
+    sheets.write(sheet, (0, under), words)
     sheet.paste(results, (left, 0))
     return sheets.framed(sheet)
 

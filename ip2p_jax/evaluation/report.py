@@ -92,6 +92,8 @@ def table(points: Sequence[Row]) -> str:
         "better. What compares with the input says how much of it is kept: it is best where "
         "nothing was edited."
     )
+    if any(key.endswith("_examples") for point in points for key in point):
+        caption += " (n 99): the mean of these 99 examples only, others have no finite value."
     meanings = [f"- **{titles[name]}**: {SCORES[name].meaning}" for name in scores]
     return "\n".join([*markdown(head, rows), "", caption, "", *meanings, ""])
 
@@ -162,7 +164,7 @@ def read_row(line: str) -> Row:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
-    if row.get("kind") not in NEEDED:
+    if row.get("kind") not in list(NEEDED):
         raise ValueError(f"kind is {row.get('kind')!r}, expected one of {', '.join(NEEDED)}")
     for name in NEEDED[row["kind"]]:
         if name not in row:
@@ -180,7 +182,7 @@ def check_values(row: Row) -> None:
             raise ValueError(f"{name}: {value!r}, expected a text")
         free = name in SCORES and row["kind"] == "example"
         number = type(value) in (int, float)
-        if name in NUMBERS and not (number and (free or math.isfinite(value))):
+        if name in NUMBERS and not (number and (free or math.isfinite(float(value)))):
             raise ValueError(f"{name}: {value!r}, expected a {'' if free else 'finite '}number")
     if row["kind"] == "point":
         for name in SCORES:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from ip2p_jax.evaluation.bootstrap import interval
 from ip2p_jax.evaluation.evaluation_folder import EvaluationFolder, Line
@@ -18,6 +19,9 @@ from ip2p_jax.evaluation.sweep import Batch, Point, Scales, Sweep
 
 DEFAULT = Point(7.5, 1.5)
 STEPS = (2.5, 0.25)  # of s_T and s_I at first; halved when no direction is better
+DIRECTIONS = ((1, 0), (0, -1), (-1, 0), (0, 1), (1, 1), (-1, -1))
+"""To more change first. Where the floor stops each scale alone, both together still get on."""
+
 BOUNDS = ((1.0, 15.0), (1.0, 3.0))
 MOST = 40
 """Points a search can be asked for: then steps may have become too small to tell points apart."""
@@ -45,8 +49,8 @@ def compass(floor: float) -> Search:
     best, value = DEFAULT, (yield DEFAULT)
     while True:
         improved = False
-        for axis, sign in ((0, 1), (1, -1), (0, -1), (1, 1)):
-            point = move(best, axis, sign * steps[axis])
+        for direction in DIRECTIONS:
+            point = move(best, steps * direction)
             if point in seen:
                 continue
             seen.add(point)
@@ -58,12 +62,10 @@ def compass(floor: float) -> Search:
             steps = steps / 2
 
 
-def move(point: Point, axis: int, by: float) -> Point:
+def move(point: Point, by: Float[np.ndarray, "2"]) -> Point:
     """A point a step aside, within the bounds, in hundredths and smaller parts where needed."""
-    low, high = BOUNDS[axis]
-    moved = list(point)
-    moved[axis] = round(float(np.clip(moved[axis] + by, low, high)), 6)
-    return Point(*moved)
+    moved = np.clip(np.array(point) + by, *np.transpose(BOUNDS))
+    return Point(*(round(float(x), 6) for x in moved))
 
 
 def resume(history: Sequence[tuple[Point, Judged]], floor: float) -> tuple[Search, Point]:

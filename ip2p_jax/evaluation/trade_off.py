@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ip2p_jax.evaluation.columns import TITLES, SETTINGS, Row
+from ip2p_jax.evaluation.columns import SETTINGS, TITLES, Row
 
 
 class Curve(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: intervals cover the true mean as often as they say, and are scipy's; memory is bounded."""
+"""Claims: intervals cover the true mean as often as they say, and are scipy's; memory is small."""
 
 import tracemalloc
 
