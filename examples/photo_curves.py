@@ -6,7 +6,7 @@
 Crops of scikit-image's chelsea, which no training has seen, are edited by seven instructions in
 wordings that training never saw. Writes a set in `ip2p_jax.evaluate`'s JSONL, evaluates the model
 on it, and draws nearness to the true edit over nearness to the input: the trade-off of the paper's
-figure 8, where the right edit is known. Beside it the sheets of examples and of both scales.
+figure 8, where the right edit is known. Beside it one example under both scales.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from data_gen.photos import held_out_crops
 from ip2p_jax import curves, evaluate
 from ip2p_jax.cli import Parser, atomic_path, one_line_errors
 
-KEPT = ("table.md", "samples.png", "guidance.png")
+KEPT = ("table.md", "guidance.png")
 STEPS = ("--steps", "15", "--sampler", "dpmpp_2m")
 
 

@@ -54,10 +54,12 @@ def skipped_examples(lines: Iterable[Line]) -> set[int]:
 
 def missing(folder: EvaluationFolder, plan: Plan, numbers: Sequence[int]) -> dict[int, list[Point]]:
     """Those of the units `numbers` that are not whole, and at which points."""
+
+    def look(unit: int) -> list[Point]:
+        return retried(lambda: missing_points(folder, plan, unit), "reading")
+
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(
-            lambda unit: retried(lambda: missing_points(folder, plan, unit), "reading"), numbers
-        )
+        found = pool.map(look, numbers)
         return {unit: points for unit, points in zip(numbers, found, strict=True) if points}
 
 

@@ -20,7 +20,8 @@ from ip2p_jax.evaluation.sweep import Batch, Point, Scales, Sweep
 DEFAULT = Point(7.5, 1.5)
 STEPS = (2.5, 0.25)  # of s_T and s_I at first; halved when no direction is better
 DIRECTIONS = ((1, 0), (0, -1), (-1, 0), (0, 1), (1, 1), (-1, -1))
-"""To more change first. Where the floor stops each scale alone, both together still get on."""
+"""To more change first; to what keeps more, where too little is kept, each is turned round. Where
+the floor stops each scale alone, both together still get on."""
 
 BOUNDS = ((1.0, 15.0), (1.0, 3.0))
 MOST = 40
@@ -48,9 +49,9 @@ def compass(floor: float) -> Search:
     steps, seen = np.array(STEPS), {DEFAULT}
     best, value = DEFAULT, (yield DEFAULT)
     while True:
-        improved = False
+        improved, sign = False, 1 if value.image >= floor else -1
         for direction in DIRECTIONS:
-            point = move(best, steps * direction)
+            point = move(best, sign * steps * direction)
             if point in seen:
                 continue
             seen.add(point)
