@@ -29,9 +29,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
+from ip2p_jax import config
 from ip2p_jax.cli import Parser, atomic_path, one_line_errors
-from ip2p_jax.evaluation import report
+from ip2p_jax.evaluation import options, report
+from ip2p_jax.evaluation.examples import open_examples
 from ip2p_jax.evaluation.summary import CURVE
+from ip2p_jax.training.checkpoint import CONFIG
 
 PARTS = ("train", "evaluate")
 
@@ -46,7 +49,7 @@ class Run(NamedTuple):
     @property
     def folder(self) -> str:
         """Its name as that of a folder."""
-        return re.sub(r"[^A-Za-z0-9.]+", "_", self.name).strip("_")
+        return re.sub(r"[^A-Za-z0-9.]+", "_", self.name).strip("._")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +86,22 @@ def read_runs(path: Path) -> list[Run]:
             raise ValueError(f"{path}: run {run.name!r}: expected a name that no other run has")
         if "config" not in run.train or "data" not in run.evaluate:
             raise ValueError(f"{path}: {run.name}: expected train.config and evaluate.data")
+        try:
+            check(run)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: {run.name}: {error}") from None
     return runs
+
+
+def check(run: Run) -> None:
+    """Reads the options of both commands before anything runs; ValueError or OSError."""
+    train, evaluation = (command[1:] for command in commands(run, Path("run")))
+    config.parse(train)
+    args = options.parser().parse_args(evaluation)
+    options.check(args)
+    if args.search or args.hosts > 1 or args.distributed or args.clip == "none":
+        raise ValueError("evaluate: expected curves of CLIP's scores, on one host")
+    open_examples(args.data, split=args.split, layout=args.layout, turns=args.turns)
 
 
 def options_of(tree: Any, known: Sequence[str], what: str) -> dict[str, dict[str, Any]]:
@@ -134,9 +152,17 @@ def make(run: Run, folder: Path) -> int:
         code = subprocess.run([sys.executable, "-m", *command]).returncode
         if code:
             return code
+        if not is_trained(folder / "train"):  # it was told to stop, which is no fault
+            return 1
     with atomic_path(done) as part:
         part.write_text(json.dumps(wanted))
     return 0
+
+
+def is_trained(workdir: Path) -> bool:
+    """Whether a run has come to its last step."""
+    steps = json.loads((workdir / CONFIG).read_text())["steps"]
+    return (workdir / "checkpoints" / str(steps)).is_dir()
 
 
 @one_line_errors
@@ -158,10 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = report.read_metrics(folder / "evaluation" / "metrics.jsonl")
         points[run.name] = [row for row in rows if row["kind"] == "point"]
     texts = [f"## {name}\n\n{report.table(rows)}" for name, rows in points.items()]
-    files = {"curves.png": report.curve(points, *CURVE), "table.md": "\n".join(texts).encode()}
-    for name, data in files.items():
-        with atomic_path(output / name) as part:
-            part.write_bytes(data)
+    with atomic_path(output / "table.md") as part:
+        part.write_text("\n".join(texts))
+    with atomic_path(output / "curves.png") as part:
+        part.write_bytes(report.curve(points, *CURVE))
     print(f"{len(runs)} runs: {output / 'curves.png'}, {output / 'table.md'}")
     return 0
 

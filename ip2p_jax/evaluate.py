@@ -25,97 +25,23 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ip2p_jax import jobs
 from ip2p_jax.cli import cache_compilations, one_line_errors
-from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.evaluation import examples as sets
 from ip2p_jax.evaluation import report, scorer, search
 from ip2p_jax.evaluation.evaluation_folder import EvaluationFolder
 from ip2p_jax.evaluation.evaluation_run import Plan, missing, run
+from ip2p_jax.evaluation.identity import set_digest, weights_digest
 from ip2p_jax.evaluation.methods import METHODS, Method, Recipe
+from ip2p_jax.evaluation.options import BUDGET, check, floor_of, parser
 from ip2p_jax.evaluation.summary import summarise
 from ip2p_jax.evaluation.sweep import Point, Shown, Sweep, in_order
 from ip2p_jax.placed import place
 from ip2p_jax.storage import StorageError, json_lines
-
-CLIP = "openai/clip-vit-large-patch14"
-
-
-def numbers(text: str) -> list[float]:
-    """Numbers with commas between."""
-    try:
-        return [float(x) for x in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers like 1.0,1.2,1.5") from None
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describes the command line."""
-    p = jobs.parser("ip2p_jax.evaluate", __doc__)
-    add = p.add_argument
-    add("--data", required=True, help="test set: packed pairs, a public layout, or a .jsonl")
-    add("--layout", choices=sets.LAYOUTS, help="of --data (default: what it looks like)")
-    add("--split", default="test", help="part of --data (%(default)s)")
-    add("--turns", choices=("single", "multi"), default="single", help="of sessions (MagicBrush)")
-    add("--output", required=True, metavar="DIR", help="folder of results, local or gs://")
-    add("--method", choices=METHODS, default="ip2p", help="(%(default)s)")
-    add("--text-guidance", type=numbers, help="s_T, several with commas (7.5)")
-    add("--image-guidance", type=numbers, help="s_I, several with commas (1.0,1.2,...,2.2)")
-    add("--strength", type=numbers, help="of --method sdedit, several (0.3,0.4,...,0.9)")
-    add("--samples", type=int, help="so many examples, at random (default: all)")
-    add("--steps", type=int, default=100, help="sampling steps (%(default)s)")
-    add("--sampler", default="euler_ancestral", help=", ".join(SAMPLERS))
-    add("--resolution", type=int, help="side of the pictures in px (default: the model's)")
-    add("--fit", choices=sets.FITS, default="refuse", help="if not square")
-    add("--clip", default=CLIP, help="CLIP that scores, or none (%(default)s)")
-    add("--dino", help="DINO that scores too: facebook/dino-vits16, a folder or a .pth")
-    add("--lpips", metavar="FILE", help="LPIPS too: torchvision's AlexNet or VGG16 weights")
-    add("--legacy", action="store_true", help="feed CLIP pictures as the authors' code did")
-    add("--search", choices=("set", "examples"), help="find scales: one s_T, s_I, or one each")
-    add("--floor", type=float, default=0.8, help="image similarity to keep (%(default)s)")
-    add("--budget", type=int, default=12, help="points that a search may try (%(default)s)")
-    add("--pictures", type=int, default=8, help="examples whose results are kept (%(default)s)")
-    add("--seed", type=int, default=0, help="everything random comes from it (0)")
-    add("--rows", type=int, default=2, help="examples a device edits at once (%(default)s)")
-    jobs.add_hosts(p)
-    return p
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError that names an option and what was expected."""
-    wanted = {
-        "--samples": (args.samples is None or args.samples >= 1, args.samples, "at least 1"),
-        "--steps": (1 <= args.steps <= 1000, args.steps, "1 to 1000"),
-        "--sampler": (args.sampler in SAMPLERS, args.sampler, f"one of {', '.join(SAMPLERS)}"),
-        "--pictures": (args.pictures >= 0, args.pictures, "at least 0"),
-        "--seed": (0 <= args.seed < 2**32, args.seed, "0 to 2^32 - 1"),
-        "--rows": (args.rows >= 2, args.rows, "at least 2"),
-        "--floor": (-1 <= args.floor <= 1, args.floor, "a cosine, -1 to 1"),
-        "--budget": (1 <= args.budget <= search.MOST, args.budget, f"1 to {search.MOST}"),
-        "--legacy": (not args.legacy or args.clip != "none", "given", "a CLIP that scores"),
-    }
-    if args.search:
-        given = args.image_guidance or args.text_guidance or args.turns == "multi"
-        alone = args.hosts == 1 and not args.distributed
-        right = args.method == "ip2p" and args.clip != "none" and alone and not given
-        words = "--method ip2p, CLIP, one host, single turns and no points given"
-        wanted["--search"] = (right, args.search, words)
-    axes = {method.axis for method in METHODS.values()}
-    for axis in sorted({"text_guidance", *axes}):
-        values, option = getattr(args, axis), f"--{axis.replace('_', '-')}"
-        used = axis in ("text_guidance", METHODS[args.method].axis)
-        wanted[option] = (used or values is None, "given", f"nothing with --method {args.method}")
-        for value in values or []:
-            if not np.isfinite(value):
-                wanted[option] = (False, value, "finite numbers")
-    for name, (right, value, expected) in wanted.items():
-        if not right:
-            raise ValueError(f"{name} {value}: expected {expected}")
 
 
 def points_of(args: argparse.Namespace, method: Method) -> list[Point]:
@@ -126,9 +52,9 @@ def points_of(args: argparse.Namespace, method: Method) -> list[Point]:
     return sorted({Point(s, v) for s in args.text_guidance or [7.5] for v in values})
 
 
-def settings_of(args: argparse.Namespace, count: int, side: int) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, sweep: Sweep) -> dict[str, Any]:
     """What decides the numbers that are written."""
-    names = ("model", "revision", "variant", "vae", "dtype", "data", "layout", "split", "turns")
+    names = ("model", "revision", "variant", "vae", "data", "layout", "split", "turns")
     names += (
         "method",
         "steps",
@@ -141,8 +67,13 @@ def settings_of(args: argparse.Namespace, count: int, side: int) -> dict[str, An
         "seed",
         "rows",
     )
-    values = {name: getattr(args, name) for name in names} | {"examples": count, "resolution": side}
-    return values | {"search": args.search, "floor": args.floor if args.search else None}
+    values = {name: getattr(args, name) for name in names} | {
+        "dtype": str(sweep.model.dtype),
+        "examples": len(sweep.examples),
+        "texts": set_digest(args.data, sweep.examples),
+        "resolution": sweep.shown.side,
+    }
+    return values | {"search": args.search, "floor": floor_of(args) if args.search else None}
 
 
 def what_is_missing(examples: sets.ExampleSet, args: argparse.Namespace) -> list[str]:
@@ -164,9 +95,14 @@ def what_is_missing(examples: sets.ExampleSet, args: argparse.Namespace) -> list
     return [f"{args.data}: {reason}" for reason in reasons]
 
 
-def open_set(args: argparse.Namespace, console: Console) -> sets.ExampleSet:
-    """Opens and checks the test set, and says what it does not allow."""
-    examples = sets.open_examples(args.data, split=args.split, layout=args.layout, turns=args.turns)
+def open_set(args: argparse.Namespace, console: Console) -> tuple[sets.ExampleSet, list[int]]:
+    """Opens the test set and chooses from it, checks those, and says what they do not allow.
+
+    Returns the set, and the indices of the chosen examples in the order of the run.
+    """
+    whole = sets.open_examples(args.data, split=args.split, layout=args.layout, turns=args.turns)
+    order = in_order(len(whole), args.samples, args.seed)
+    examples = whole.take(order)
     with console.status(escape(f"checking {args.data}")):
         sets.check(examples, args.fit)
     if args.method == "sdedit" and not examples.has_output_captions:
@@ -175,11 +111,13 @@ def open_set(args: argparse.Namespace, console: Console) -> sets.ExampleSet:
         raise ValueError(f"{args.data}: no captions before and after, which --search goes by")
     for reason in what_is_missing(examples, args):
         console.print(escape(reason), soft_wrap=True)
-    return examples
+    return whole, order
 
 
-def open_sweep(args: argparse.Namespace, examples: sets.ExampleSet, console: Console) -> Sweep:
-    """Loads what edits and what scores."""
+def open_sweep(
+    args: argparse.Namespace, examples: sets.ExampleSet, console: Console
+) -> tuple[Sweep, str]:
+    """Loads what edits and what scores; returns a digest of the model's weights too."""
     cache_compilations()
     devices = jax.local_devices()
     with console.status(escape(f"loading {args.clip}")):
@@ -196,22 +134,23 @@ def open_sweep(args: argparse.Namespace, examples: sets.ExampleSet, console: Con
         side = jobs.side_of(args.resolution, pretrained.config)
         model = place(pretrained, dtype=jobs.DTYPES.get(args.dtype), devices=devices)
     method = METHODS[args.method](model, Recipe(args.steps, args.sampler, args.seed))
-    return Sweep(method, networks, examples, Shown(side, args.fit), args.rows)
+    sweep = Sweep(method, networks, examples, Shown(side, args.fit), args.rows)
+    return sweep, weights_digest(pretrained.params)
 
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 this host's part is done, 1 storage failed for long, 2 wrong input."""
-    args = parser().parse_args(argv)
+    args = parser(__doc__).parse_args(argv)
     check(args)
     host, hosts = jobs.this_host(args)
+    args.rows = args.rows or (2 if jax.default_backend() == "cpu" else 8)
     console = Console(stderr=True)
-    examples = open_set(args, console)
-    sweep = open_sweep(args, examples, console)
-    order = in_order(len(examples), args.samples, args.seed)
+    examples, order = open_set(args, console)
+    sweep, weights = open_sweep(args, examples, console)
     plan = Plan(order, points_of(args, sweep.method), args.rows, args.pictures)
     try:
-        settings = settings_of(args, len(examples), sweep.shown.side)
+        settings = settings_of(args, sweep) | {"weights": weights}
         folder = EvaluationFolder.open(args.output, settings, sweep.method.axis)
         if args.search:
             return find(args, sweep, folder, plan, console)
@@ -253,18 +192,18 @@ def find(
     args: argparse.Namespace, sweep: Sweep, folder: EvaluationFolder, plan: Plan, console: Console
 ) -> int:
     """Searches for guidance scales, and writes what that bought."""
-    plan = plan._replace(pictures=0)
+    plan, floor, budget = plan._replace(pictures=0), floor_of(args), args.budget or BUDGET
     if args.search == "set":
-        counts = search.search_set(sweep, folder, plan, args.floor, args.budget)
+        counts = search.search_set(sweep, folder, plan, floor, budget)
     else:
-        counts = search.search_examples(sweep, folder, plan, args.floor, args.budget)
-    total = len(plan.order) * args.budget
+        counts = search.search_examples(sweep, folder, plan, floor, budget)
+    total = len(plan.order) * budget
     done = sum(len(folder.lines(n)) for n in range(len(plan.units)))
     watch(counts, total, total - done, console)
     of = search.found_for_set if args.search == "set" else search.found_for_examples
-    found = of(folder, plan, args.floor, args.budget)
+    found = of(folder, plan, floor, budget)
     folder.write("search.jsonl", json_lines(search.rows(found, sweep.method.axis)))
-    text = search.account(found, args.floor, args.budget)
+    text = search.account(found, floor, budget)
     folder.write("search.md", text.encode())
     print(text, f"{folder.path}", sep="\n")
     return 0

@@ -39,6 +39,7 @@ from ip2p_jax.safety import SafetyChecker
 from ip2p_jax.weights.load import Pretrained, load
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LONG = 30 * 24 * 3600  # seconds
 METADATA = "ip2p_jax"  # the PNG's text chunk that holds the settings, as JSON
 MODEL_OPTIONS = ("model", "revision", "variant", "vae", "dtype", "safety")
 MODELS = (
@@ -98,14 +99,17 @@ def this_host(args: argparse.Namespace) -> tuple[int, int]:
         return args.host, args.hosts
     if args.hosts > 1:
         raise ValueError("--distributed: expected without --hosts and --host")
-    find_hosts()
+    find_hosts(LONG)  # one that is done early waits for the others
     return jax.process_index(), jax.process_count()
 
 
-def find_hosts() -> None:
-    """Joins the other hosts; ValueError where the surroundings do not tell which they are."""
+def find_hosts(wait: int = 300) -> None:
+    """Joins the other hosts, for whose end this one will wait so many seconds.
+
+    Raises ValueError where the surroundings do not tell which they are.
+    """
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=wait)
     except ValueError as error:
         known = "TPU pods, Slurm, Open MPI and Kubernetes"
         raise ValueError(f"--distributed: {error} Hosts are found on {known}.") from None

@@ -13,11 +13,19 @@ from ip2p_jax.evaluation.report import read_metrics
 from tests import oracles
 from tests.test_train import CONFIG, sources  # noqa: F401 (a fixture)
 
+DATA = "set.jsonl"
 GOOD = {
-    "train": {"config": "c.py", "config.steps": 4},
-    "evaluate": {"data": "d", "legacy": True, "samples": 3},
+    "train": {"config": CONFIG, "config.steps": 4},
+    "evaluate": {"data": DATA, "legacy": True, "samples": 3},
     "runs": {"all": {}, "10 % of it": {"train": {"config.data.fraction": 0.1}}},
 }
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """A set, as it is named in the lists."""
+    monkeypatch.chdir(tmp_path)
+    Path(DATA).write_text('{"input": "cat.png", "instruction": "make it a dog"}\n')
 
 
 def write(folder: Path, tree: object) -> Path:
@@ -33,11 +41,11 @@ def test_options_of_a_run_go_over_the_shared_ones(tmp_path):
     train, evaluate = ablate.commands(second, Path("out"))
     assert train == [
         "ip2p_jax.train",
-        *("--config=c.py", "--config.steps=4", "--config.data.fraction=0.1"),
+        *(f"--config={CONFIG}", "--config.steps=4", "--config.data.fraction=0.1"),
         "--workdir=out/train",
     ]
     assert evaluate == [
-        *("ip2p_jax.evaluate", "--data=d", "--legacy", "--samples=3"),
+        *("ip2p_jax.evaluate", f"--data={DATA}", "--legacy", "--samples=3"),
         *("--model=out/train", "--output=out/evaluation"),
     ]
     assert ablate.arguments({"legacy": False, "config.a": False}) == ["--config.a=False"]
@@ -54,7 +62,16 @@ def test_options_of_a_run_go_over_the_shared_ones(tmp_path):
         ({**GOOD, "runs": {"a b": {}, "a_b": {}}}, "expected a name that no other run has"),
         ({**GOOD, "runs": {"%": {}}}, "expected a name that no other run has"),
         ({**GOOD, "train": {}}, "all: expected train.config and evaluate.data"),
-        ({**GOOD, "evaluate": {"data": "d", "output": "x"}}, "evaluate: expected options but"),
+        ({**GOOD, "evaluate": {"data": DATA, "output": "x"}}, "evaluate: expected options but"),
+        ({**GOOD, "evaluate": {"data": "none"}}, "all: none is not there"),
+        ({**GOOD, "evaluate": {"data": DATA, "sample_s": 3}}, "all: unrecognized arguments"),
+        ({**GOOD, "evaluate": {"data": DATA, "image-guidance": [1, 2]}}, "expected numbers like"),
+        ({**GOOD, "evaluate": {"data": DATA, "clip": "none"}}, "all: evaluate: expected curves"),
+        (
+            {**GOOD, "train": {"config": CONFIG, "config.stepps": 1}},
+            "all: --config: Field stepps not found",
+        ),
+        ({**GOOD, "train": {"config": "none.py"}}, "all: "),
     ],
 )
 def test_wrong_lists(tmp_path, capsys, tree, words):
@@ -94,14 +111,14 @@ def test_two_runs(packed, sources, tmp_path, monkeypatch, capsys):  # noqa: F811
     }
     path, out = write(tmp_path, tree), tmp_path / "out"
     command = [str(path), "--output", str(out)]
-    tree["runs"]["a quarter"]["train"]["config.steps"] = 3  # not a multiple of what is accumulated
+    tree["runs"]["a quarter"]["train"]["config.data.resolution"] = 17  # not what networks take
     path = write(tmp_path, tree)
     assert ablate.main(command) == 2  # the second run cannot begin
     assert "a quarter: its command failed" in capsys.readouterr().err
     assert (out / "all" / "done.json").exists() and not (out / "curves.png").exists()
     before = (out / "all" / "evaluation" / "metrics.jsonl").stat().st_mtime_ns
 
-    del tree["runs"]["a quarter"]["train"]["config.steps"]
+    del tree["runs"]["a quarter"]["train"]["config.data.resolution"]
     write(tmp_path, tree)
     assert ablate.main(command) == 0
     assert (out / "all" / "evaluation" / "metrics.jsonl").stat().st_mtime_ns == before

@@ -97,7 +97,7 @@ def test_wrong_files(args, line, capsys, tmp_path):
 
 
 def test_no_other_hosts(capsys, tmp_path, monkeypatch):
-    def initialize():
+    def initialize(**_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(train.jax.distributed, "initialize", initialize)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: storage that fails for a while is tried again with growing waits, and then reported."""
 
+import os
+
 import pytest
 from etils import epath
 
@@ -50,3 +52,33 @@ def test_files_are_written_whole(tmp_path):
     storage.write_whole(path, b"content")
     assert path.read_bytes() == b"content"
     assert [x.name for x in (tmp_path / "deep").iterdir()] == ["file"]
+
+
+def test_a_folder_that_was_hardly_begun_is_begun(tmp_path):
+    """By a process that was killed in its first write; not one with files of others."""
+    (tmp_path / ".settings.json.1234.part").write_bytes(b"{")
+    assert storage.open_folder(str(tmp_path), {"seed": 1}, "a test") == tmp_path
+    with pytest.raises(ValueError, match="was made with seed 1, this command says 2"):
+        storage.open_folder(str(tmp_path), {"seed": 2}, "a test")
+    (tmp_path / "settings.json").rename(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="not a folder of a test"):
+        storage.open_folder(str(tmp_path), {"seed": 1}, "a test")
+
+
+def test_another_host_begins_the_folder_meanwhile(tmp_path, monkeypatch):
+    """Between our two looks: then its settings count."""
+    file, looks = epath.Path(tmp_path) / "settings.json", []
+
+    def exists(path) -> bool:
+        if path == file and not looks:
+            looks.append(path)
+            storage.write_whole(file, b'{"seed": 1}')
+            return False
+        return os.path.exists(path)
+
+    monkeypatch.setattr(type(file), "exists", exists)
+    assert storage.open_folder(str(tmp_path), {"seed": 1}, "a test") == file.parent
+    looks.clear()
+    file.unlink()
+    with pytest.raises(ValueError, match="was made with seed 1, this command says 2"):
+        storage.open_folder(str(tmp_path), {"seed": 2}, "a test")

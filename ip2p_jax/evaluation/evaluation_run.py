@@ -12,6 +12,9 @@ from ip2p_jax.evaluation.evaluation_folder import EvaluationFolder, Line
 from ip2p_jax.evaluation.sweep import Batch, Point, Result, Sweep, cut
 from ip2p_jax.storage import retried
 
+FEW, MOST_SKIPPED = 20, 0.05
+"""Examples that cannot be read are skipped and counted, up to so many or so large a part."""
+
 READERS = 32
 """Threads that look at files of units: a bucket answers slowly, but many at once."""
 
@@ -71,7 +74,10 @@ def run(
     While the devices compute one result, the one before is written and the next pictures are read.
     """
     computing: deque[Result] = deque()
+    unreadable: dict[int, str] = {}
     for batch in ahead(sweep, plan, list(todo)):
+        unreadable |= batch.reasons
+        check_skipped(unreadable, sweep.examples.name, len(plan.order))
         wanted = {point for unit in batch.units for point in todo[unit]}
         points = [sweep.everywhere(point) for point in plan.points if point in wanted]
         for result in sweep.results(batch, points):
@@ -80,6 +86,16 @@ def run(
                 yield absorb(sweep, folder, plan, todo, computing.popleft())
     while computing:
         yield absorb(sweep, folder, plan, todo, computing.popleft())
+
+
+def check_skipped(unreadable: dict[int, str], name: str, count: int) -> None:
+    """Raises ValueError if too many examples cannot be read: then something else is wrong."""
+    if len(unreadable) > max(FEW, MOST_SKIPPED * count):
+        reason = next(iter(unreadable.values()))
+        raise ValueError(
+            f"{name}: {len(unreadable)} of {count} examples cannot be read, which is over "
+            f"{MOST_SKIPPED:.0%}; the first: {reason}"
+        )
 
 
 def ahead(sweep: Sweep, plan: Plan, numbers: Sequence[int]) -> Iterator[Batch]:
@@ -109,7 +125,8 @@ def absorb(
     """
     point, batch = Point(*map(float, result.scales[0])), result.batch
     shown = set(plan.order[: plan.pictures]) - set(batch.reasons)
-    for number, edited in reversed(list(enumerate(result.turns, 1))):
+    some = any(index in shown for _, _, index in sweep.places(batch))
+    for number, edited in reversed(list(enumerate(result.turns if some else [], 1))):
         pictures = np.asarray(edited.pictures)
         for row, unit, index in sweep.places(batch):
             has_turn = number <= len(batch.examples[index].turns)

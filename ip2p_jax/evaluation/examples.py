@@ -37,6 +37,7 @@ from ip2p_jax.evaluation.sets.tables import recognise as recognise_tables
 __all__ = ["FITS", "LAYOUTS", "Example", "ExampleSet", "Turn", "check", "open_examples", "picture"]
 
 LAYOUTS = ("pairs", "released", "magicbrush", "emu_edit", "parquet", "jsonl")
+WITH_SESSIONS = ("magicbrush", "jsonl")
 TURNS = ("single", "multi")
 FITS = ("refuse", "crop", "stretch")
 SAME_ASPECT = 0.01  # how far a target's aspect may be from its input's, of it: sides are rounded
@@ -62,15 +63,20 @@ def open_examples(
     layout = layout or recognise(path, split)
     match layout:
         case "pairs":
-            return open_pairs(path, split)
+            examples = open_pairs(path, split)
         case "released":
-            return open_released(path, split)
+            examples = open_released(path, split)
         case "jsonl":
-            return open_lines(path, turns)
+            examples = open_lines(path, turns)
         case "magicbrush" if path.is_dir() and not has_tables(path):
-            return open_magicbrush(path, split, turns)
+            examples = open_magicbrush(path, split, turns)
         case _:
-            return open_tables(path, split, layout, turns)
+            examples = open_tables(path, split, layout, turns)
+    if turns == "multi" and layout not in WITH_SESSIONS:
+        raise ValueError(
+            f"--turns multi: {path} is {layout}, expected one of {', '.join(WITH_SESSIONS)}"
+        )
+    return examples
 
 
 def has_tables(folder: Path) -> bool:

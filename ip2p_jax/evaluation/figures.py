@@ -43,7 +43,7 @@ STYLE: Any = {
 }
 DPI = 150  # 1080 px wide
 
-Picture = UInt8[np.ndarray, "h w 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]  # each of its own size
 
 
 def trade_off(runs: Mapping[str, Sequence[Row]], x: str, y: str) -> Figure:

@@ -122,8 +122,9 @@ def search_examples(
 
 
 def due(lines: Sequence[Line], index: int, budget: int) -> bool:
-    """Whether an example has to be judged once more."""
-    return sum(line["index"] == index for line in lines) < budget
+    """Whether an example has to be judged once more: one that was skipped is left alone."""
+    of_example = [line for line in lines if line["index"] == index]
+    return len(of_example) < budget and all(line["kind"] != "skipped" for line in of_example)
 
 
 def search_batch(

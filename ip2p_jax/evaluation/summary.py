@@ -30,13 +30,32 @@ def all_lines(folder: EvaluationFolder, plan: Plan) -> list[Line]:
     )
 
 
+def whole_points(folder: EvaluationFolder, plan: Plan, lines: Sequence[Line]) -> list[Line]:
+    """Without the points that an earlier command left before all of the examples were done."""
+    done: dict[Point, set[int]] = {}
+    for line in lines:
+        done.setdefault(folder.point(line), set()).add(line["index"])
+    wanted = set(plan.order)
+    return [line for line in lines if done[folder.point(line)] == wanted]
+
+
+def skipped_words(lines: Sequence[Line]) -> list[str]:
+    """What is said of examples that could not be evaluated."""
+    skipped = [line for line in lines if line["kind"] == "skipped"]
+    if not skipped:
+        return []
+    count, first = len({line["index"] for line in skipped}), skipped[0]
+    name, reason = first["example"], first["reason"]
+    return [f"Skipped at some point: {count} examples, the first {name}: {reason}.", ""]
+
+
 def summarise(sweep: Sweep, folder: EvaluationFolder, plan: Plan) -> list[Line]:
     """Writes all there is to be said of the evaluation; returns the lines of its points."""
-    lines = all_lines(folder, plan)
+    lines = whole_points(folder, plan, all_lines(folder, plan))
     points = report.points([line for line in lines if line["kind"] == "example"])
     folder.write("metrics.jsonl", json_lines([*lines, *points]))
-    folder.write("table.md", report.table(points).encode())
-    if points and all(name in point for point in points for name in CURVE):
+    folder.write("table.md", "\n".join([report.table(points), *skipped_words(lines)]).encode())
+    if any(all(name in point for name in CURVE) for point in points):
         folder.write("curve.png", report.curve({sweep.method.name: points}, *CURVE))
     skipped = skipped_examples(lines)
     if shown := [i for i in plan.order[: plan.pictures] if i not in skipped]:

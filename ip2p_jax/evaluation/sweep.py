@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Bool, Float, Int32, UInt8
 
 from ip2p_jax.diffusion.grids import Grid
 from ip2p_jax.evaluation.examples import Example, ExampleSet, Turn, picture
@@ -22,6 +23,8 @@ from ip2p_jax.guided import decode_pixels
 from ip2p_jax.networks import to_uint8
 from ip2p_jax.storage import retried
 from ip2p_jax.types import Params
+
+NOT_FINITE = "the result is not finite"
 
 Scales = Float[np.ndarray, "b 2"]
 """A point for each row of a batch."""
@@ -55,6 +58,7 @@ class Edited(NamedTuple):
     """What became of a batch in a turn; on the devices, and maybe still computing."""
 
     pictures: UInt8[Any, "b h w 3"]
+    finite: Bool[Any, " b"]  # whether all pixels were numbers
     scores: Scores
 
 
@@ -111,7 +115,8 @@ class Sweep:
             z = self.method.sample(params, start, values, grid)
             scaling = self.model.config.vae.scaling_factor
             x = decode_pixels(self.model.networks, scaling, params, z)
-        return Edited(to_uint8(x), self.scorer.score(scorers, known, x))
+        finite = jnp.isfinite(x).all(axis=(1, 2, 3))
+        return Edited(to_uint8(x), finite, self.scorer.score(scorers, known, x))
 
     def load(self, units: Sequence[int], indices: Sequence[Sequence[int]]) -> Batch:
         """Reads units of examples; the devices' rows that are too many repeat the first unit's."""
@@ -189,7 +194,8 @@ class Sweep:
     def lines(self, result: Result) -> Iterator[tuple[int, dict[str, Any]]]:
         """The unit, and the line of metrics.jsonl, of each example and turn of a result."""
         batch = result.batch
-        for number, (_, scores) in enumerate(result.turns):
+        for number, (_, finite, scores) in enumerate(result.turns):
+            finite = np.asarray(finite)
             scores = {name: np.asarray(x) for name, x in scores.items()}
             for row, unit, index in self.places(batch):
                 example = batch.examples[index]
@@ -199,6 +205,8 @@ class Sweep:
                 line |= {"turn": number + 1, "index": index, "example": example.name}
                 if index in batch.reasons:
                     yield unit, {"kind": "skipped", **line, "reason": batch.reasons[index]}
+                elif not finite[row]:
+                    yield unit, {"kind": "skipped", **line, "reason": NOT_FINITE}
                 else:
                     of_row = {name: float(f"{x[row]:.9g}") for name, x in scores.items()}
                     yield (

@@ -385,6 +385,10 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, name):
 def test_wrong_options_are_named(tmp_path, released):
     with pytest.raises(ValueError, match="--layout: 'folder', expected one of pairs, released, "):
         open_examples(released, layout="folder")
+    with pytest.raises(
+        ValueError, match="--turns multi: .* is released, expected one of magicbrush"
+    ):
+        open_examples(released, turns="multi")
     with pytest.raises(ValueError, match="--turns: 'both', expected one of single, multi"):
         open_examples(released, turns="both")
     with pytest.raises(ValueError, match="--fit: 'pad', expected one of refuse, crop, stretch"):

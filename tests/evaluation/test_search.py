@@ -208,7 +208,8 @@ def test_a_search_that_was_stopped_goes_on(mode, sweep, tmp_path):
     """
     find, found_for = MODES[mode]
     whole = open_folder(tmp_path / "whole")
-    assert sum(find(sweep, whole, plan(5), FLOOR, BUDGET)) == 5 * BUDGET
+    lost = (BUDGET - 1) * (mode == "examples")  # one cannot be read: it is not tried again
+    assert sum(find(sweep, whole, plan(5), FLOOR, BUDGET)) == 5 * BUDGET - lost
     want = found_for(whole, plan(5), FLOOR, BUDGET)
     assert [f.number for f in want] == [1, 3, 4, 5] and len({f.found for f in want}) > 1
     for stop in (1, 3, 4, 7):
@@ -240,7 +241,7 @@ def test_each_example_gets_its_own_points(sweep, tmp_path):
         resume(history, FLOOR)
         paths.add(tuple(point for point, _ in history))
     assert len(paths) > 1
-    assert sum(line["kind"] == "skipped" for line in lines) == BUDGET
+    assert sum(line["kind"] == "skipped" for line in lines) == 1
 
 
 def test_nothing_to_search_by(sweep, tmp_path):
