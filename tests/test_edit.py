@@ -205,7 +205,11 @@ def test_other_networks_are_asked_for(folder, monkeypatch, capsys):
     def build(pretrained, *, dtype):
         raise ValueError(f"built as {np.dtype(dtype)}")
 
-    monkeypatch.setattr(jobs, "load", lambda model, **more: asked.update(more, model=model))
+    def load(model, **more):
+        asked.update(more, model=model)
+        return object.__new__(jobs.Pretrained)
+
+    monkeypatch.setattr(jobs, "load", load)
     monkeypatch.setattr(jobs.SafetyChecker, "from_pretrained", checker)
     monkeypatch.setattr(edit, "Editor", build)
     args = ["--input", "in.png", "--instruction", "x", "--output", "out.png", "--model", "[a]/[/b]"]
