@@ -14,10 +14,10 @@ quickstart: .venv/.core
 	$(BIN)/python examples/quickstart.py --output quickstart
 
 test: .venv/.test
-	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 test-slow: .venv/.test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --durations 20
 
 soak: .venv/.test
 	rm -f docs/soak.md

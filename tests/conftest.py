@@ -21,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 
+LONG = ("test_train.py", "test_pairs.py", "test_evaluate.py", "test_editor.py", "test_sweep.py")
+"""Files that take minutes begin first, so that of several processes none has to wait for them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
