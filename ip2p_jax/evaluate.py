@@ -43,6 +43,12 @@ from ip2p_jax.evaluation.sweep import Point, Shown, Sweep, in_order
 from ip2p_jax.placed import place
 from ip2p_jax.storage import StorageError, json_lines
 
+SETTINGS = (
+    "model revision variant vae data layout split turns method steps sampler fit clip dino lpips "
+    "legacy seed rows"
+).split()
+"""Options that decide the numbers; those of a search, and what options leave open, come to them."""
+
 
 def points_of(args: argparse.Namespace, method: Method) -> list[Point]:
     """The points asked for; ValueError for one that the method does not have."""
@@ -54,20 +60,7 @@ def points_of(args: argparse.Namespace, method: Method) -> list[Point]:
 
 def settings_of(args: argparse.Namespace, sweep: Sweep) -> dict[str, Any]:
     """What decides the numbers that are written."""
-    names = ("model", "revision", "variant", "vae", "data", "layout", "split", "turns")
-    names += (
-        "method",
-        "steps",
-        "sampler",
-        "fit",
-        "clip",
-        "dino",
-        "lpips",
-        "legacy",
-        "seed",
-        "rows",
-    )
-    values = {name: getattr(args, name) for name in names} | {
+    values = {name: getattr(args, name) for name in SETTINGS} | {
         "dtype": str(sweep.model.dtype),
         "examples": len(sweep.examples),
         "texts": set_digest(args.data, sweep.examples),

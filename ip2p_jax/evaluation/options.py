@@ -31,7 +31,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--data", required=True, help="test set: packed pairs, a public layout, or a .jsonl")
     add("--layout", choices=sets.LAYOUTS, help="of --data (default: what it looks like)")
     add("--split", default="test", help="part of --data (%(default)s)")
-    add("--turns", choices=("single", "multi"), default="single", help="of sessions (MagicBrush)")
+    add("--turns", choices=sets.TURNS, default="single", help="of sessions (MagicBrush)")
     add("--output", required=True, metavar="DIR", help="folder of results, local or gs://")
     add("--method", choices=METHODS, default="ip2p", help="(%(default)s)")
     add("--text-guidance", type=numbers, help="s_T, several with commas (7.5)")

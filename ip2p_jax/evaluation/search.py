@@ -183,9 +183,10 @@ def found_for_set(folder: EvaluationFolder, plan: Plan, floor: float, budget: in
         by_point.setdefault(folder.point(line), {})[line["index"]] = line
     history = [(point, judged(of_point.values())) for point, of_point in by_point.items()]
     point, _ = best(visited(history, floor, budget), floor)
+    found, default = by_point[point], by_point[DEFAULT]
     return [
-        Found(i, line["example"], point, judged([line]), judged([by_point[DEFAULT][i]]))
-        for i, line in sorted(by_point[point].items())
+        Found(i, found[i]["example"], point, judged([found[i]]), judged([default[i]]))
+        for i in sorted(found.keys() & default.keys())  # a result that is not finite has no line
     ]
 
 
