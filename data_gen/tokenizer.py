@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the vocabulary of a small model: byte-level BPE, as CLIP's, learned from the instructions.
+"""Makes the vocabulary of a small model: byte-level BPE, as CLIP's, learned from the texts of data.
 
-python -m data_gen.tokenizer --output DIR [--size 1024]
+python -m data_gen.tokenizer --data data/shapes --output data/shapes_tokenizer [--size 1024]
+python -m data_gen.tokenizer --output DIR     from the wordings of the photographs' edits
 
 DIR then holds CLIPTokenizer's files: vocab.json, merges.txt, and those of today's libraries.
 """
@@ -20,6 +21,7 @@ from transformers import CLIPTokenizer
 from data_gen.edits import EDITS
 from ip2p_jax.cli import Parser, one_line_errors
 from ip2p_jax.data.files import atomic_folder
+from ip2p_jax.data.pairs import PairSource
 
 END_OF_WORD = "</w>"
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
@@ -53,17 +55,30 @@ def learn(texts: Sequence[str], size: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocabulary, merges, model_max_length=77)
 
 
+def wordings() -> list[str]:
+    """The training wordings of the photographs' edits."""
+    return [text for e in EDITS.values() for text in e.wordings]
+
+
+def texts(folder: Path) -> list[str]:
+    """Instructions and captions of a data folder's training split, each as often as it is there."""
+    source = PairSource(folder, "train")
+    pairs = (source[i] for i in range(len(source)))
+    return [x for p in pairs for x in (p.instruction, p.input_caption, p.output_caption)]
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Learns from the training wordings of `data_gen.edits` and writes the folder in one rename."""
+    """Learns from training texts and writes the folder in one rename."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="new folder to write")
+    parser.add_argument("--data", type=Path, help="data folder, of whose training texts to learn")
     parser.add_argument("--size", type=int, default=1024, help="most entries (default 1024)")
     args = parser.parse_args(argv)
     if (args.output / "vocab.json").is_file():
         print(f"{args.output} is already there")
         return 0
-    tokenizer = learn([text for e in EDITS.values() for text in e.wordings], args.size)
+    tokenizer = learn(texts(args.data) if args.data else wordings(), args.size)
     with atomic_folder(args.output) as folder:
         tokenizer.save_pretrained(folder)
         tokenizer.backend_tokenizer.model.save(str(folder))

@@ -80,7 +80,7 @@ def make(
     The map of a word is the sum of its tokens'. Words that were cut off are left out.
     """
     size = map_size(model.config.unet, *batch.noise.shape[1:3])
-    program = model.compile(functools.partial(generate, size), sampler)
+    program = model.compile(functools.partial(generate, size), sampler, keep=False)
     pictures, maps = model.run(program, batch, model.grid(sampler, steps))
     places = word_tokens(prompt, model.tokenizer)
     words = [word for word, of_word in zip(prompt.split(), places, strict=True) if of_word]

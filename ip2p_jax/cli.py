@@ -71,7 +71,9 @@ def is_running(pid: int) -> bool:
 
 
 def cache_compilations() -> None:
-    """Keeps compiled programs in ~/.cache/ip2p_jax, or where JAX_COMPILATION_CACHE_DIR says."""
+    """Keeps compiled programs in ~/.cache/ip2p_jax, or where JAX_COMPILATION_CACHE_DIR says; small
+    ones too, for a dozen of them costs as much as a large one."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ip2p_jax" / "programs"))

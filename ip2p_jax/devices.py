@@ -39,3 +39,8 @@ def put(params: Params, dtype: DTypeLike, sharding: NamedSharding) -> Params:
     with ThreadPoolExecutor(THREADS) as pool:
         arrays = pool.map(lambda x: jax.device_put(np.asarray(x, dtype), sharding), leaves)
         return jax.tree.unflatten(tree, arrays)
+
+
+def shapes(params: Params, dtype: DTypeLike, sharding: NamedSharding) -> Params:
+    """What `put` gives, without the values."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), params)

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int32
 from transformers import CLIPTokenizer
 
 from ip2p_jax.data.tokens import tokenize
-from ip2p_jax.devices import put, shardings
+from ip2p_jax.devices import put, shapes, shardings
 from ip2p_jax.diffusion.grids import Grid, grid
 from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.samplers import SAMPLERS
@@ -23,26 +24,32 @@ from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, Schedule, from_diffuse
 from ip2p_jax.guided import TextBatch, seed_keys
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.networks import Networks, networks
+from ip2p_jax.programs import Program
 from ip2p_jax.types import Params
 from ip2p_jax.weights.load import Pretrained
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A model whose parameters (by part "unet", "vae", "text") lie whole on each device.
-
-    Batches are split over the devices by row.
+    """A model whose parameters (by part "unet", "vae", "text") lie whole on each device, or are on
+    their way there. Batches are split over the devices by row.
     """
 
     config: ModelConfig
     networks: Networks
-    params: Params
+    shapes: Params
+    arriving: Future[Params]
     tokenizer: CLIPTokenizer
     schedule: Schedule
     scheduler: dict | None  # scheduler_config.json; None: k-diffusion's conventions
     dtype: Any
     by_row: NamedSharding
     replicated: NamedSharding
+
+    @property
+    def params(self) -> Params:
+        """The parameters on the devices; waits until they are there."""
+        return self.arriving.result()
 
     @property
     def precision(self) -> str:
@@ -98,8 +105,9 @@ class Placed:
             keys=step_keys,
         )
 
-    def compile(self, function: Callable, sampler: str) -> Callable[[Params, Any, Grid], Any]:
-        """`guided.edit` or `guided.generate` of this model, jitted, its results split by row."""
+    def compile(self, function: Callable, sampler: str, *, keep: bool = True) -> Program:
+        """`guided.edit` or `guided.generate` of this model, its results split by row, to be called
+        with parameters, batch and grid. `keep` is for functions of this library only."""
         scaling = self.config.vae.scaling_factor
         bound = functools.partial(
             function, SAMPLERS[sampler], self.schedule, self.networks, scaling
@@ -109,17 +117,23 @@ class Placed:
             with jax.default_matmul_precision(self.precision):
                 return bound(params, batch, points)
 
-        return jax.jit(program, out_shardings=self.by_row)
+        identity = (function, sampler, self.config, self.schedule, str(self.dtype))
+        return Program(program, identity if keep else None, out_shardings=self.by_row)
 
-    def run(self, program: Callable, batch: Any, points: Grid) -> Any:
+    def run(self, program: Program, batch: Any, points: Grid) -> Any:
         """Runs a compiled function on a batch of any number of rows; the result is on the host.
 
-        Rows are repeated to fill the devices, and dropped again.
+        Rows are repeated to fill the devices, and dropped again. The program is read or compiled
+        while the parameters still arrive.
         """
         n = len(jax.tree.leaves(batch)[0])
         fill = np.arange(padded_rows(n, self.devices)) % n
-        batch = jax.tree.map(lambda x: jax.device_put(x[fill], self.by_row), batch)
-        result = program(self.params, batch, jax.device_put(points, self.replicated))
+        if len(fill) != n:
+            batch = jax.tree.map(lambda x: x[fill], batch)
+        batch = jax.device_put(batch, self.by_row)
+        args = batch, jax.device_put(points, self.replicated)
+        program.compile(self.shapes, *args)
+        result = program(self.params, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:n], result)
 
 
@@ -141,7 +155,8 @@ def place(
     return Placed(
         config=pretrained.config,
         networks=networks(pretrained.config, dtype),
-        params=put(params, dtype, replicated),
+        shapes=shapes(params, dtype, replicated),
+        arriving=ThreadPoolExecutor(1).submit(put, params, dtype, replicated),
         tokenizer=pretrained.tokenizer,
         schedule=STABLE_DIFFUSION if scheduler is None else from_diffusers(scheduler),
         scheduler=scheduler,

@@ -8,6 +8,7 @@ import skimage.data
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
+from ip2p_jax import programs
 from ip2p_jax.editor import Editor
 from ip2p_jax.sizes import edit_size, fit
 from ip2p_jax.weights.load import load
@@ -175,12 +176,12 @@ def test_one_program_per_shape_steps_and_sampler(editor):
     image = photo("astronaut")
     editor(image, "one", steps=4, sampler="ddim")
     program = editor.program("ddim")
-    before = program._cache_size()
+    before = len(program.compiled)
     editor(photo("rocket").resize(image.size), "two", steps=4, sampler="ddim", seed=9)
     editor(image, "three", steps=4, sampler="ddim", text_guidance=-1.0, image_guidance=0.0)
-    assert program._cache_size() == before
+    assert len(program.compiled) == before
     editor(image, "one", steps=5, sampler="ddim")
-    assert program._cache_size() == before + 1
+    assert len(program.compiled) == before + 1
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -2.5])

@@ -138,11 +138,11 @@ def test_one_program_per_shape_steps_and_sampler(generator):
     """Other texts, seeds, scales and the default size do not compile again; guidance may be 1."""
     ours(generator, noise(SQUARE))
     program = generator.program("ddim")
-    before = program._cache_size()
+    before = len(program.compiled)
     options = dict(steps=STEPS, sampler="ddim", text_guidance=1.0)
     [plain] = generator(PROMPT, **options)
     [negative] = generator(PROMPT, negative=NEGATIVE, **options)
-    assert program._cache_size() == before
+    assert len(program.compiled) == before
     # With a scale of 1 the lower branch has no say.
     assert np.abs(np.asarray(plain).astype(int) - np.asarray(negative).astype(int)).max() <= 1
 

@@ -45,3 +45,13 @@ def test_same_files_each_time(folder, tmp_path):
     tokenizer.main(["--output", str(again)])
     assert (again / "merges.txt").read_bytes() == (folder / "merges.txt").read_bytes()
     assert (again / "vocab.json").read_bytes() == (folder / "vocab.json").read_bytes()
+
+
+def test_learns_from_the_texts_of_a_data_folder(packed, tmp_path):
+    """Captions too: no word of them is cut, which those of the photographs' edits do not know."""
+    path = tmp_path / "learned"
+    assert tokenizer.main(["--data", str(packed), "--output", str(path)]) == 0
+    opened = CLIPTokenizer.from_pretrained(path)
+    for text in tokenizer.texts(packed):
+        words = opened.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert len(opened.tokenize(text)) == len(words), text
