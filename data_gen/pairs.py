@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
 
 def settings_of(args: argparse.Namespace, recipe: Recipe, selection: Selection) -> dict[str, Any]:
     """What decides the bytes that are written."""
-    named = ("model", "revision", "variant", "vae", "clip", "dtype", "rows", "safety")
+    named = ("model", "revision", "variant", "vae", "lora", "clip", "dtype", "rows", "safety")
     values = {name: getattr(args, name) for name in named} | recipe._asdict() | selection._asdict()
     values["thresholds"] = selection.thresholds._asdict()
     return json.loads(json.dumps(values))

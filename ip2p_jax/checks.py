@@ -24,6 +24,10 @@ def number(x: Any) -> str | None:
     return None if isinstance(x, Real) and np.isfinite(float(x)) else "a finite number"
 
 
+def share(x: Any) -> str | None:
+    return None if isinstance(x, Real) and 0 <= float(x) <= 1 else "0 to 1"
+
+
 def seed(x: Any) -> str | None:
     whole = isinstance(x, Integral) and 0 <= int(x) < 2**32
     return None if whole else "an integer from 0 to 2^32 - 1"

@@ -15,23 +15,25 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ip2p_jax.models.presets import ModelConfig
+from ip2p_jax.models.presets import CLIPConfig, ModelConfig
 
 
 @dataclass
 class Data:
     """Where pairs come from and how they are cut."""
 
-    path: str = ""  # folder written by data_gen.pack
+    path: str = ""  # folder written by data_gen.pack, or for edits by ip2p_jax.cache_latents
+    mix: str = ""  # more of them, FOLDER:WEIGHT,...: rows of each to one of `path`
     split: str = "train"  # train, validation or test
     fraction: float = 1.0  # share of the split's prompts that is used; smaller ones lie in larger
-    batch_size: int = 256  # rows of a micro-batch, over all hosts
+    batch_size: int = 1024  # rows of an optimizer step, over all hosts
     resolution: int = 256  # side of the square pictures, px
     resize_min: int = 0  # both pictures are resized to a square between this and
     resize_max: int = 0  # this, px, then cut to `resolution`; 0: `resolution`
     flip: float = 0.5  # how often both pictures of a pair are mirrored
     workers: int = 0  # reading processes of each host; 0: threads only
     threads: int = 8  # reading threads in each process, one batch each
+    broken: float = 0.01  # share of records that may be broken; each is replaced by another
     check_hashes: bool = False  # compare the shards' contents, not only their lengths, at the start
 
 
@@ -45,7 +47,10 @@ class Model:
 
     base: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # model to start from; "": scratch
     dims: ModelConfig = field(default_factory=ModelConfig)  # dimensions of a start from scratch
+    clip: CLIPConfig = field(default_factory=CLIPConfig)  # the same of a CLIP
     prediction: str = "epsilon"  # what a start from scratch predicts: epsilon or v_prediction
+    zero_terminal_snr: bool = False  # a start from scratch: no signal at the last timestep (Lin et
+    # al. 2024); needs v_prediction, and sampling by ddim
     vae: str = ""  # model or VAE run whose frozen VAE is used; "": that of `base`
     tokenizer: str = ""  # folder with vocab.json and merges.txt; "": that of `base`
     train_text: bool = False  # train the text tower with the UNet (small models only)
@@ -53,25 +58,47 @@ class Model:
 
 @dataclass
 class Objective:
-    """What is minimised: "edit" (InstructPix2Pix, section 3) or "vae" (Rombach et al. 2022)."""
+    """What is minimised: "edit" (InstructPix2Pix, section 3), "generate" (text-to-image) or "vae"
+    (both Rombach et al. 2022), or "clip" (Radford et al. 2021)."""
 
     kind: str = "edit"
-    drop_rate: float = 0.05  # edit: text only, both and image only are dropped this often, each
+    drop_rate: float = 0.05  # edit: text only, both and image only are dropped this often, each;
+    # generate: texts are dropped twice as often, as they are in all when editing
+    min_snr_gamma: float = 0.0  # edit, generate: bound of a timestep's weight (Hang et al. 2023
+    # have 5); 0: all timesteps weigh alike
+    offset_noise: float = 0.0  # edit, generate: share of noise that is the same all over a channel
+    # (0.05 to 0.1 is usual); 0: none
     kl_weight: float = 1e-6  # vae: weight of the KL term, both terms summed over a picture
 
 
 @dataclass
-class Optim:
-    """AdamW with a constant rate after `warmup` optimizer steps; EMA of the parameters."""
+class Lora:
+    """Additions of low rank to the UNet's layers (Hu et al. 2022); nothing else is trained then.
 
-    lr: float = 1e-4
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    From a text-to-image model `conv_in` has to be one: its channels for the image start at zero.
+    """
+
+    rank: int = 0  # of each addition; 0: the whole UNet is trained
+    alpha: float = 16.0  # additions are multiplied by alpha / rank
+    targets: str = "attn+conv_in"  # layers: attn, ff, or what diffusers' names end in (to_q)
+
+
+@dataclass
+class Optim:
+    """The optimizer, which is the paper's AdamW with a constant rate; EMA of the parameters."""
+
+    name: str = "adamw"  # adamw, or adafactor, whose state takes next to no memory
+    lr: float = 1e-4  # adafactor: relative to the root mean square of each array
+    b1: float = 0.9  # adamw
+    b2: float = 0.999  # adamw
+    eps: float = 1e-8  # adamw
     weight_decay: float = 0.01
-    warmup: int = 0  # optimizer steps over which the rate rises linearly from 0
-    accumulate: int = 4  # micro-batches (of data.batch_size) an optimizer step averages over
+    clip: float = 0.0  # bound of the gradient's norm over all parameters; 0: none
+    warmup: int = 0  # steps over which the rate rises linearly from 0
+    cosine_steps: int = 0  # steps after which it has fallen to 0 by half a cosine; 0: it stays
+    accumulate: int = 4  # micro-batches that a step is cut into: what is in memory at once
     ema_decay: float = 0.9999  # upper bound; (1 + n) / (10 + n) at micro-batch n while below it
+    max_skipped: int = 10  # steps in a row that are not finite, and skipped, before the run ends
 
 
 @dataclass
@@ -87,7 +114,7 @@ class Checkpoint:
     """Checkpoints under DIR/checkpoints. The last step is always saved."""
 
     every: int = 1000  # steps between checkpoints
-    keep: int = 3  # the newest that are kept
+    keep: int = 3  # the newest that are kept; with 1 there is none to fall back on
 
 
 @dataclass
@@ -95,6 +122,11 @@ class Log:
     """Lines in metrics.jsonl and on TensorBoard; pictures."""
 
     every: int = 50  # steps a line averages over
+    validation_every: int = 0  # steps between losses of the EMA on the validation split; 0: none
+    validation_batches: int = 4  # micro-batches of it, always the same, with the same noise
+    profile_at: int = 0  # step at which DIR/profile is recorded; 0: never
+    profile_steps: int = 3  # that are recorded
+    wandb: str = ""  # project of Weights & Biases that gets the lines too (pip install wandb)
     samples_every: int = 1000  # steps between grids of samples; 0: none
     samples: int = 8  # rows of a grid
     sample_steps: int = 20  # sampler steps of a grid's edits
@@ -102,18 +134,32 @@ class Log:
 
 @dataclass
 class Config:
-    """A training run. The defaults are the paper's: 10,000 optimizer steps of 4 micro-batches."""
+    """A training run. The defaults are the paper's: 10,000 steps of 1024 pairs."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
+    lora: Lora = field(default_factory=Lora)
     optim: Optim = field(default_factory=Optim)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
-    steps: int = 40_000  # micro-batches
+    steps: int = 10_000  # of the optimizer
     seed: int = 0
+    watchdog: int = 1800  # seconds without a finished step after which the run ends; 0: never
+    heartbeat: int = 60  # seconds of silence after which the other hosts give up on a host
+    remat: str = "none"  # edit, generate: what of the UNet is computed again for the gradient, to
+    # save memory: none, blocks (each one twice) or full (three times)
     dtype: str = "auto"  # of the computation: float32 or bfloat16; auto: bfloat16 but on the CPU
+
+
+class Hosts(NamedTuple):
+    """How the hosts of a run find each other: from what is around, or by what the options say."""
+
+    distributed: bool = False
+    coordinator: str = ""  # ADDRESS:PORT of host 0
+    hosts: int = 1
+    host: int = 0
 
 
 class Command(NamedTuple):
@@ -122,11 +168,14 @@ class Command(NamedTuple):
     config: Config
     workdir: str
     override: list[str]  # keys in which the run may differ from what it stored
-    distributed: bool
+    hosts: Hosts
+    dry_run: bool
+    push: str  # USER/NAME of the hub that the run is published as
 
 
 def parse(argv: list[str]) -> Command | None:
-    """Reads `--config FILE --workdir DIR [--config.a.b=c] [--override KEY] [--distributed]`.
+    """Reads `--config FILE --workdir DIR [--config.a.b=c] [--override KEY] [--dry-run] [--push
+    NAME]` and those of `Hosts`.
 
     Returns None for --help. Raises ValueError for anything that does not fit the tree.
     """
@@ -138,7 +187,14 @@ def parse(argv: list[str]) -> Command | None:
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
     override = flags.DEFINE_multi_string("override", [], "", flag_values=values)
-    distributed = flags.DEFINE_bool("distributed", False, "", flag_values=values)
+    dry_run = flags.DEFINE_bool("dry-run", False, "", flag_values=values)
+    push = flags.DEFINE_string("push", "", "", flag_values=values)
+    hosts = [
+        flags.DEFINE_bool("distributed", False, "", flag_values=values),
+        flags.DEFINE_string("coordinator", "", "", flag_values=values),
+        flags.DEFINE_integer("hosts", 1, "", flag_values=values),
+        flags.DEFINE_integer("host", 0, "", flag_values=values),
+    ]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections' load_module
@@ -158,7 +214,8 @@ def parse(argv: list[str]) -> Command | None:
     if not isinstance(cfg, Config):
         raise ValueError("--config: get_config() must return an ip2p_jax.config.Config")
     check(cfg)
-    return Command(cfg, workdir.value, override.value, distributed.value)
+    around = Hosts(*(option.value for option in hosts))
+    return Command(cfg, workdir.value, override.value, around, dry_run.value, push.value)
 
 
 def one_of(*allowed: str) -> tuple[str, Callable[[str], bool]]:
@@ -167,21 +224,33 @@ def one_of(*allowed: str) -> tuple[str, Callable[[str], bool]]:
 
 
 COUNTS = (
-    "steps optim.accumulate data.batch_size data.resolution data.threads checkpoint.every "
-    "checkpoint.keep log.every log.samples log.sample_steps"
+    "steps optim.accumulate optim.max_skipped data.batch_size data.resolution data.threads "
+    "checkpoint.every checkpoint.keep log.every log.samples log.sample_steps log.profile_steps "
+    "log.validation_batches heartbeat"
 )
-OFF_AT_0 = "optim.warmup data.resize_min data.resize_max data.workers log.samples_every"
+OFF_AT_0 = (
+    "lora.rank optim.warmup optim.cosine_steps data.resize_min data.resize_max data.workers "
+    "log.samples_every log.validation_every log.profile_at watchdog"
+)
 RULES = (
     ("1 or more", lambda x: x >= 1, COUNTS),
     ("0 or more", lambda x: x >= 0, OFF_AT_0),
-    ("a number above 0", lambda x: 0 < x < math.inf, "optim.lr optim.eps"),
-    ("0 or more", lambda x: 0 <= x < math.inf, "optim.weight_decay objective.kl_weight"),
+    ("a number above 0", lambda x: 0 < x < math.inf, "lora.alpha optim.lr optim.eps"),
+    (
+        "0 or more",
+        lambda x: 0 <= x < math.inf,
+        "optim.weight_decay optim.clip objective.kl_weight "
+        "objective.min_snr_gamma objective.offset_noise",
+    ),
     ("0 or more, below 1", lambda x: 0 <= x < 1, "optim.b1 optim.b2 optim.ema_decay"),
     ("0 to 1", lambda x: 0 <= x <= 1, "data.flip"),
     ("over 0, up to 1", lambda x: 0 < x <= 1, "data.fraction"),
+    ("0 to 1", lambda x: 0 <= x <= 1, "data.broken"),
     ("0 to 1/3", lambda x: 0 <= x <= 1 / 3, "objective.drop_rate"),
     ("0 to 2^32 - 1", lambda x: 0 <= x < 2**32, "seed"),
-    (*one_of("edit", "vae"), "objective.kind"),
+    (*one_of("edit", "generate", "vae", "clip"), "objective.kind"),
+    (*one_of("none", "blocks", "full"), "remat"),
+    (*one_of("adamw", "adafactor"), "optim.name"),
     (*one_of("epsilon", "v_prediction"), "model.prediction"),
     (*one_of("auto", "float32", "bfloat16"), "dtype"),
 )
@@ -196,11 +265,89 @@ def check(cfg: Config) -> None:
         for name in names.split():
             if not fits(values[name]):
                 raise ValueError(f"config.{name} is {values[name]!r}, expected {expected}")
-    if cfg.steps % cfg.optim.accumulate:
+    if 0 < cfg.optim.cosine_steps <= cfg.optim.warmup:
         raise ValueError(
-            f"config.steps is {cfg.steps}, expected a multiple of config.optim.accumulate, "
-            f"{cfg.optim.accumulate}"
+            f"config.optim.cosine_steps is {cfg.optim.cosine_steps}, expected 0 or more than "
+            f"config.optim.warmup, {cfg.optim.warmup}"
         )
+    if cfg.objective.kind in ("vae", "clip") and cfg.model.base:
+        raise ValueError(
+            f"config.model.base is {cfg.model.base!r}, expected '': objective.kind="
+            f"{cfg.objective.kind} starts from scratch"
+        )
+    check_diffusion(cfg)
+    if cfg.objective.kind == "clip":
+        check_clip(cfg)
+    if cfg.lora.rank:
+        check_lora(cfg)
+    folders(cfg.data)
+
+
+def check_diffusion(cfg: Config) -> None:
+    """Raises ValueError for options of the UNet's training that are without effect, or that do not
+    go together."""
+    kind, model, gamma = cfg.objective.kind, cfg.model, cfg.objective.min_snr_gamma
+    for name, default in (
+        ("objective.min_snr_gamma", 0),
+        ("objective.offset_noise", 0),
+        ("remat", "none"),
+    ):
+        if kind in ("vae", "clip") and (value := flatten(cfg)[name]) != default:
+            raise ValueError(f"config.{name} is {value!r}: objective.kind={kind} has no UNet")
+    if model.zero_terminal_snr and (model.base or model.prediction != "v_prediction"):
+        raise ValueError(
+            "config.model.zero_terminal_snr needs config.model.base='' (a base has noise levels of "
+            "its own) and config.model.prediction=v_prediction"
+        )
+    if model.zero_terminal_snr and gamma:
+        raise ValueError(
+            f"config.objective.min_snr_gamma is {gamma}, expected 0: with zero terminal SNR the "
+            "last timestep would have no weight"
+        )
+
+
+def check_clip(cfg: Config) -> None:
+    """Raises ValueError for what a CLIP cannot be trained with."""
+    if not cfg.model.tokenizer:
+        raise ValueError("config.model.tokenizer is empty, expected a folder: a CLIP needs one")
+    if cfg.optim.accumulate != 1:
+        raise ValueError(
+            f"config.optim.accumulate is {cfg.optim.accumulate}, expected 1: the loss of a CLIP "
+            "compares all rows of a step"
+        )
+
+
+def check_lora(cfg: Config) -> None:
+    """Raises ValueError where a LoRA is asked for, and there is no frozen model to add it to."""
+    wrong = {
+        "config.objective.kind=edit or generate": cfg.objective.kind not in ("edit", "generate"),
+        "config.model.base": not cfg.model.base,
+        "config.model.train_text=False": cfg.model.train_text,
+    }
+    for needed, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(f"config.lora.rank is {cfg.lora.rank}: a LoRA needs {needed}")
+
+
+def folders(data: Data) -> dict[str, float]:
+    """The data sets that are mixed, with their weights: that of `data.path` is 1.
+
+    Raises ValueError, one line that names config.data.mix.
+    """
+    weights = {data.path: 1.0}
+    for part in data.mix.split(",") if data.mix else ():
+        folder, _, number = part.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not folder or folder in weights or not 0 < weight < math.inf:
+            raise ValueError(
+                f"config.data.mix: {part!r}, expected FOLDER:WEIGHT, another folder and a number "
+                "above 0"
+            )
+        weights[folder] = weight
+    return weights
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

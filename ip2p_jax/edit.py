@@ -8,10 +8,10 @@
   python -m ip2p_jax.edit --model photos --requests edits.jsonl
 
 A requests file has one JSON object a line: {"input": ..., "instruction": ..., "output": ...} and
-any of steps, sampler, text_guidance, image_guidance, seed, negative, resolution; what a line leaves
-out comes from the command line. Of several edits, one whose output is there already, made with the
-same settings, is left alone: the same command again does only what is missing. Pictures that cannot
-be edited are listed at the end, and the exit code is 1.
+any of steps, sampler, text_guidance, image_guidance, guidance_rescale, seed, negative, resolution;
+what a line leaves out comes from the command line. Of several edits, one whose output is there
+already, made with the same settings, is left alone: the same command again does only what is
+missing. Pictures that cannot be edited are listed at the end, and the exit code is 1.
 """
 
 import argparse
@@ -152,6 +152,7 @@ def edit(
         sampler=first.sampler,
         text_guidance=[r.text_guidance for r in images],
         image_guidance=[r.image_guidance for r in images],
+        guidance_rescale=[r.guidance_rescale for r in images],
         seed=[r.seed for r in images],
         negative=[r.negative for r in images],
         resolution=resolution_of(first, editor),

@@ -22,6 +22,7 @@ class Request:
     sampler: str = "euler_ancestral"
     text_guidance: float = 7.5
     image_guidance: float = 1.5
+    guidance_rescale: float = 0.0
     seed: int = 0
     negative: str = ""
     resolution: int | str | None = None
@@ -49,7 +50,7 @@ def make_request(values: dict[str, Any]) -> Request:
     """Makes a request of a value for each field. Raises ValueError that names a wrong one."""
     for name, wanted in CHECKS.items():
         checks.check(name, values[name], wanted)
-    scales = ("text_guidance", "image_guidance")
+    scales = ("text_guidance", "image_guidance", "guidance_rescale")
     floats: dict[str, Any] = {name: float(values[name]) for name in scales}
     return Request(**values | floats)
 

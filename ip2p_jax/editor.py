@@ -76,6 +76,7 @@ class Editor:
         negative: str | Sequence[str] | None = None,
         latents: Float[Any, "b h w z"] | None = None,
         resolution: int | None = None,
+        guidance_rescale: float | Sequence[float] = 0.0,
     ) -> list[Image.Image]:
         """Edits each picture by its instruction; scalars hold for all pictures.
 
@@ -86,6 +87,8 @@ class Editor:
         resolution: None keeps a picture's own size, rounded down to what the networks take; a
           number (512) applies the paper's rule. A picture whose instruction is empty comes back
           resized only.
+        guidance_rescale: 0 to 1, how far the contrast that strong guidance adds is taken back (Lin
+          et al. 2024, section 3.4: 0.7).
 
         A result depends on its own row of the arguments alone: bit for bit at equal numbers of rows
         a device, else but for the rounding of float32. Raises ValueError for anything that
@@ -97,6 +100,7 @@ class Editor:
             "instructions": per_picture("instructions", instructions, n, checks.text),
             "text_guidance": per_picture("text_guidance", text_guidance, n, checks.number),
             "image_guidance": per_picture("image_guidance", image_guidance, n, checks.number),
+            "guidance_rescale": per_picture("guidance_rescale", guidance_rescale, n, checks.share),
             "seed": per_picture("seed", seed, n, checks.seed),
             "negative": per_picture(
                 "negative", "" if negative is None else negative, n, checks.text
@@ -134,10 +138,11 @@ class Editor:
         image_guidance: Sequence[float],
         seed: Sequence[int],
         negative: Sequence[str],
+        guidance_rescale: Sequence[float] | None = None,
     ) -> EditBatch:
         """Arrays for pictures of one size; the start noise is drawn from the seeds if not given."""
         text = self.model.text_batch(
-            instructions, negative, text_guidance, seed, latents, images[0].size
+            instructions, negative, text_guidance, seed, latents, images[0].size, guidance_rescale
         )
         pixels = np.stack([np.asarray(x) for x in images])
         return EditBatch(text, pixels, np.asarray(image_guidance, np.float32))

@@ -35,17 +35,18 @@ from ip2p_jax.evaluation import examples as sets
 from ip2p_jax.evaluation import report, scorer, search
 from ip2p_jax.evaluation.evaluation_folder import EvaluationFolder
 from ip2p_jax.evaluation.evaluation_run import Plan, missing, run
-from ip2p_jax.evaluation.identity import set_digest, weights_digest
+from ip2p_jax.evaluation.identity import set_digest
 from ip2p_jax.evaluation.methods import METHODS, Method, Recipe
 from ip2p_jax.evaluation.options import BUDGET, check, floor_of, parser
 from ip2p_jax.evaluation.summary import summarise
 from ip2p_jax.evaluation.sweep import Point, Shown, Sweep, in_order
 from ip2p_jax.placed import place
 from ip2p_jax.storage import StorageError, json_lines
+from ip2p_jax.weights.digest import weights_digest
 
 SETTINGS = (
-    "model revision variant vae data layout split turns method steps sampler fit clip dino lpips "
-    "legacy seed rows"
+    "model revision variant vae lora data layout split turns method steps sampler fit clip dino "
+    "lpips legacy seed rows"
 ).split()
 """Options that decide the numbers; those of a search, and what options leave open, come to them."""
 

@@ -38,6 +38,7 @@ class Request:
     steps: int = 100
     sampler: str = "euler_ancestral"
     text_guidance: float = 7.5
+    guidance_rescale: float = 0.0
     seed: int = 0
     negative: str = ""
     size: str | None = None
@@ -65,7 +66,7 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
         raise ValueError(f"--count: {args.count}, expected 1 to {MOST}")
     options = {
         name: getattr(args, name)
-        for name in ("steps", "sampler", "text_guidance", "negative", "size")
+        for name in ("steps", "sampler", "text_guidance", "guidance_rescale", "negative", "size")
     }
     seeds = range(args.seed, args.seed + args.count)
     pictures = [(i, seed) for i in range(len(args.prompt)) for seed in seeds]
@@ -124,6 +125,7 @@ def generate(
         steps=batch[0].steps,
         sampler=batch[0].sampler,
         text_guidance=[r.text_guidance for r in batch],
+        guidance_rescale=[r.guidance_rescale for r in batch],
         seed=[r.seed for r in batch],
         negative=[r.negative for r in batch],
         size=size,

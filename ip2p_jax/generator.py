@@ -65,10 +65,12 @@ class Generator:
         negative: str | Sequence[str] | None = None,
         latents: Float[Any, "b h w z"] | None = None,
         size: tuple[int, int] | None = None,
+        guidance_rescale: float | Sequence[float] = 0.0,
     ) -> list[Image.Image]:
         """Makes a picture of each prompt; scalars hold for all pictures.
 
-        steps, sampler, text_guidance, seed, negative, latents: as `Editor` takes them.
+        steps, sampler, text_guidance, seed, negative, latents, guidance_rescale: as `Editor` takes
+          them.
         size: width and height in pixels, multiples of what the networks take (64 for SD); None:
           the model's own (512x512 for SD 1.5).
 
@@ -80,6 +82,7 @@ class Generator:
         rows = {
             "prompts": per_picture("prompts", prompts, n, checks.text),
             "text_guidance": per_picture("text_guidance", text_guidance, n, checks.number),
+            "guidance_rescale": per_picture("guidance_rescale", guidance_rescale, n, checks.share),
             "seed": per_picture("seed", seed, n, checks.seed),
             "negative": per_picture(
                 "negative", "" if negative is None else negative, n, checks.text
@@ -105,11 +108,14 @@ class Generator:
         text_guidance: Sequence[float],
         seed: Sequence[int],
         negative: Sequence[str],
+        guidance_rescale: Sequence[float] | None = None,
     ) -> TextBatch:
         """Arrays for pictures of one size; the start noise is drawn from the seeds if not given."""
         size = size or (self.model.resolution, self.model.resolution)
         check_size(size, self.model.config.multiple)
-        return self.model.text_batch(prompts, negative, text_guidance, seed, latents, size)
+        return self.model.text_batch(
+            prompts, negative, text_guidance, seed, latents, size, guidance_rescale
+        )
 
     def generate(self, batch: TextBatch, steps: int, sampler: str) -> Pictures:
         """Runs the compiled program on a batch."""

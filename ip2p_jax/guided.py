@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Key, UInt8
 
-from ip2p_jax.diffusion.denoise import Network, denoiser, guide_edit, guide_text, one_batch
+from ip2p_jax.diffusion.denoise import (
+    Network,
+    Rescale,
+    as_guided,
+    denoiser,
+    guide_edit,
+    guide_text,
+    one_batch,
+    rescaled,
+)
 from ip2p_jax.diffusion.grids import Grid
 from ip2p_jax.diffusion.samplers import Sampler
 from ip2p_jax.diffusion.schedule import Schedule
@@ -28,6 +37,7 @@ class TextBatch(NamedTuple):
     text_guidance: Float32[Any, " b"]
     noise: Float32[Any, "b h w z"]
     keys: Key[Array, " b"]
+    rescale: Float32[Any, " b"] | None = None  # share of guidance rescale, 0 to 1; None: as 0
 
 
 class EditBatch(NamedTuple):
@@ -77,7 +87,8 @@ def generate(
 ) -> Pictures:
     """Samples pictures of texts (Rombach et al. 2022), guided by text alone, and decodes them."""
     encoded = encode_text(networks, params, batch)
-    denoise = text_denoise(schedule, networks, params, encoded, batch.text_guidance)
+    rescale = rescale_of(schedule, batch)
+    denoise = text_denoise(schedule, networks, params, encoded, batch.text_guidance, rescale)
     z = sample(denoise, batch.noise, points, batch.keys)
     return decode(networks, scaling, params, z)
 
@@ -92,12 +103,34 @@ def edit(
     points: Grid,
 ) -> Pictures:
     """Encodes pictures, samples under two guidance scales, decodes (sections 3.2 and 3.2.1)."""
-    encoded, text = encode_edit(networks, params, batch), batch.text
-    denoise = edit_denoise(
-        schedule, networks, params, encoded, text.text_guidance, batch.image_guidance
+    encoded, scale = encode_edit(networks, params, batch), batch.image_guidance
+    return edit_encoded(
+        sample, schedule, networks, scaling, params, encoded, batch.text, scale, points
     )
+
+
+def edit_encoded(
+    sample: Sampler,
+    schedule: Schedule,
+    networks: Networks,
+    scaling: float,
+    params: Params,
+    encoded: Encoded,
+    text: TextBatch,
+    image_guidance: Float[Array, "b"],
+    points: Grid,
+) -> Pictures:
+    """The same of what has been encoded; the tokens of `text` are not used."""
+    scales = text.text_guidance, image_guidance
+    rescale = rescale_of(schedule, text)
+    denoise = edit_denoise(schedule, networks, params, encoded, *scales, rescale)
     z = sample(denoise, text.noise, points, text.keys)
     return decode(networks, scaling, params, z)
+
+
+def rescale_of(schedule: Schedule, batch: TextBatch) -> Rescale:
+    """How a batch is rescaled."""
+    return as_guided if batch.rescale is None else rescaled(schedule, batch.rescale)
 
 
 def text_denoise(
@@ -106,10 +139,11 @@ def text_denoise(
     params: Params,
     encoded: Encoded,
     text_guidance: Float[Array, "b"],
+    rescale: Rescale = as_guided,
 ) -> Denoise:
     """The UNet as a denoiser that is guided by text alone."""
     network = one_batch(unet(networks, params))
-    return guide_text(denoiser(network, schedule), *encoded, text_guidance)
+    return guide_text(denoiser(network, schedule), *encoded, text_guidance, rescale)
 
 
 def edit_denoise(
@@ -119,10 +153,12 @@ def edit_denoise(
     encoded: Encoded,
     text_guidance: Float[Array, "b"],
     image_guidance: Float[Array, "b"],
+    rescale: Rescale = as_guided,
 ) -> Denoise:
     """The UNet as a denoiser that is guided by image and text."""
     network = one_batch(unet(networks, params))
-    return guide_edit(denoiser(network, schedule), *encoded, text_guidance, image_guidance)
+    scales = text_guidance, image_guidance
+    return guide_edit(denoiser(network, schedule), *encoded, *scales, rescale)
 
 
 def unet(networks: Networks, params: Params) -> Network:

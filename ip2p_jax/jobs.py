@@ -30,7 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ip2p_jax import checks
+from ip2p_jax import checks, config
 from ip2p_jax.cli import Parser, atomic_path, cache_compilations
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.models.presets import ModelConfig
@@ -41,7 +41,7 @@ from ip2p_jax.weights.load import Pretrained, load
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LONG = 30 * 24 * 3600  # seconds
 METADATA = "ip2p_jax"  # the PNG's text chunk that holds the settings, as JSON
-MODEL_OPTIONS = ("model", "revision", "variant", "vae", "dtype", "safety")
+MODEL_OPTIONS = ("model", "revision", "variant", "vae", "lora", "dtype", "safety")
 MODELS = (
     "a hub id, a diffusers folder, an LDM .safetensors or .ckpt, a run directory, or the name of "
     "an embedded model"
@@ -70,8 +70,19 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         metavar="M",
         help="take the VAE from here: a model as above, or the folder or hub id of a VAE alone",
     )
+    add_lora(p)
     p.add_argument("--dtype", choices=DTYPES, help="float32 on CPU, else bfloat16")
     return p
+
+
+def add_lora(p: argparse.ArgumentParser) -> None:
+    """Adds the option that merges adapters into the model."""
+    p.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="merge this LoRA (.safetensors) into the model, SCALE times (1); may be repeated",
+    )
 
 
 def add_safety(p: argparse.ArgumentParser) -> None:
@@ -103,13 +114,42 @@ def this_host(args: argparse.Namespace) -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def find_hosts(wait: int = 300) -> None:
+def join(hosts: config.Hosts, heartbeat: int) -> bool:
+    """Joins the other hosts of a run, if there are any; returns whether there are.
+
+    A host that is silent for `heartbeat` seconds ends the others. Raises ValueError for options
+    that do not go together, or where no hosts are found.
+    """
+    if hosts.hosts < 1 or not 0 <= hosts.host < hosts.hosts:
+        raise ValueError(f"--host {hosts.host} of --hosts {hosts.hosts}: expected 0 to hosts - 1")
+    if hosts.distributed and (hosts.hosts > 1 or hosts.coordinator):
+        raise ValueError("--distributed: expected without --coordinator, --hosts and --host")
+    if (hosts.hosts > 1) != bool(hosts.coordinator):
+        raise ValueError("--coordinator ADDRESS:PORT and --hosts: expected together")
+    if hosts.distributed:
+        find_hosts(heartbeat=heartbeat)
+    elif hosts.coordinator:
+        if not hosts.coordinator.rpartition(":")[2].isdecimal():
+            raise ValueError(f"--coordinator {hosts.coordinator}: expected ADDRESS:PORT")
+        jax.distributed.initialize(
+            coordinator_address=hosts.coordinator,
+            num_processes=hosts.hosts,
+            process_id=hosts.host,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=heartbeat,
+        )
+    return hosts.distributed or bool(hosts.coordinator)
+
+
+def find_hosts(wait: int = 300, heartbeat: int = 100) -> None:
     """Joins the other hosts, for whose end this one will wait so many seconds.
 
     Raises ValueError where the surroundings do not tell which they are.
     """
     try:
-        jax.distributed.initialize(shutdown_timeout_seconds=wait)
+        jax.distributed.initialize(
+            shutdown_timeout_seconds=wait, heartbeat_timeout_seconds=heartbeat
+        )
     except ValueError as error:
         known = "TPU pods, Slurm, Open MPI and Kubernetes"
         raise ValueError(f"--distributed: {error} Hosts are found on {known}.") from None
@@ -126,6 +166,12 @@ def add_sampling(p: argparse.ArgumentParser, request: type[Request]) -> None:
         help="s_T, useful 5 to 10 (%(default)s)",
     )
     p.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=request.guidance_rescale,
+        help="0 to 1, takes back contrast that guidance adds, e.g. 0.7 (%(default)s)",
+    )
+    p.add_argument(
         "--seed", type=int, default=request.seed, help="another seed, another picture (%(default)s)"
     )
     p.add_argument("--negative", default=request.negative, help="what the result should not be")
@@ -140,6 +186,7 @@ SAMPLING: dict[str, checks.Check] = {
     "steps": checks.steps,
     "sampler": checks.sampler,
     "text_guidance": checks.number,
+    "guidance_rescale": checks.share,
     "seed": checks.seed,
     "negative": checks.text,
 }
@@ -220,6 +267,7 @@ def load_model(args: argparse.Namespace) -> Pretrained:
         revision=args.revision,
         variant=args.variant,
         vae=args.vae,
+        lora=args.lora or (),
         safety=getattr(args, "safety", False),
     )
 

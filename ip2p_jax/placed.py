@@ -82,11 +82,12 @@ class Placed:
         seeds: Sequence[int],
         latents: Float[Any, "b h w z"] | None,
         size: tuple[int, int],
+        guidance_rescale: Sequence[float] | None = None,
     ) -> TextBatch:
         """Rows for pictures of `size` (width, height).
 
         Start noise and the keys for that of the steps come from the seeds, but for the start noise
-        that `latents` are.
+        that `latents` are. Nothing is rescaled where `guidance_rescale` is None.
         """
         start_keys, step_keys = seed_keys(np.asarray(seeds, np.uint32))
         (width, height), vae = size, self.config.vae
@@ -103,6 +104,7 @@ class Placed:
             text_guidance=np.asarray(text_guidance, np.float32),
             noise=noise,
             keys=step_keys,
+            rescale=np.asarray(guidance_rescale or np.zeros(len(texts)), np.float32),
         )
 
     def compile(self, function: Callable, sampler: str, *, keep: bool = True) -> Program:

@@ -98,8 +98,8 @@ def kind_of(args: Any) -> Any:
 def devices_of(args: Any) -> list[Any]:
     """The devices that the arguments lie on, in the order of their mesh."""
     sharding = jax.tree.leaves(args)[0].sharding
-    named = isinstance(sharding, jax.sharding.NamedSharding)
-    return list(sharding.mesh.devices.flat) if named else list(sharding.device_set)
+    mesh: Any = getattr(sharding, "mesh", None)
+    return list(sharding.device_set if mesh is None else mesh.devices.flat)
 
 
 @functools.cache

@@ -26,6 +26,23 @@ class Batch(NamedTuple):
     tokens: Int32[Any, "b n"]
 
 
+class CaptionedBatch(NamedTuple):
+    """Pictures with their captions, likewise."""
+
+    image: UInt8[Any, "b h w 3"]
+    tokens: Int32[Any, "b n"]
+
+
+class LatentBatch(NamedTuple):
+    """Pairs that a VAE has encoded before, likewise: mean of the input's posterior, mean and
+    log-variance of the output's; not scaled, float16 on the host."""
+
+    input: Float[Any, "b h w z"]
+    output: Float[Any, "b h w z"]
+    log_var: Float[Any, "b h w z"]
+    tokens: Int32[Any, "b n"]
+
+
 class Conditioning(NamedTuple):
     """What the UNet is conditioned on: CLIP states and the image latent (mean, unscaled)."""
 
@@ -34,7 +51,8 @@ class Conditioning(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything a training step changes. `ema` mirrors `params`; `step` counts micro-batches."""
+    """Everything a training step changes. `ema` mirrors `params`; `step` counts optimizer steps,
+    those that were skipped too."""
 
     step: Int[Array, ""]
     params: Params

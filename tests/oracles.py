@@ -148,10 +148,15 @@ def tiny_folder(
     return Path(path)
 
 
-def full_folder(path: str | Path, in_channels: int = 8, seed: int = 0, scheduler=None) -> Path:
-    """Writes a diffusers folder in full SD 1.5 shape (4.3 GB); returns its path."""
+def full_folder(
+    path: str | Path, in_channels: int = 8, seed: int = 0, scheduler=None, unet: dict | None = None
+) -> Path:
+    """Writes a diffusers folder in full SD 1.5 shape (4.3 GB); returns its path.
+
+    `unet` replaces entries of the UNet's configuration.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER, model_max_length=77)
-    unet = {**FULL_UNET, "in_channels": in_channels}
+    unet = {**FULL_UNET, "in_channels": in_channels, **(unet or {})}
     pipeline(unet, FULL_VAE, FULL_TEXT, tokenizer, seed, scheduler).save_pretrained(path)
     return Path(path)
 

@@ -26,20 +26,20 @@ def test_every_file_is_a_config(file):
 
 def test_the_papers_recipe():
     cfg = parse(file=CONFIGS / "tpu_v4.py")
-    assert cfg.data.batch_size * cfg.optim.accumulate == 1024
-    assert cfg.steps == 10_000 * cfg.optim.accumulate
+    assert (cfg.data.batch_size, cfg.optim.accumulate, cfg.steps) == (1024, 4, 10_000)
+    assert (cfg.optim.name, cfg.optim.clip, cfg.optim.cosine_steps) == ("adamw", 0, 0)
     assert (cfg.optim.b1, cfg.optim.b2, cfg.optim.eps) == (0.9, 0.999, 1e-8)
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.warmup) == (1e-4, 0.01, 0)
     assert (cfg.optim.ema_decay, cfg.objective.drop_rate) == (0.9999, 0.05)
     assert (cfg.data.resolution, cfg.data.flip, cfg.dtype) == (256, 0.5, "auto")
-    assert (cfg.optim, cfg.objective, cfg.steps) == (Config().optim, Config().objective, 40_000)
+    assert (cfg.optim, cfg.objective, cfg.steps) == (Config().optim, Config().objective, 10_000)
 
 
 def test_command_line():
     more = ["--config.optim.lr=3e-5", "--override=optim.lr", "--override=seed", "--distributed"]
     command = config.parse([f"--config={TINY}", "--workdir=w", *more])
     assert command is not None
-    assert command[1:] == ("w", ["optim.lr", "seed"], True)
+    assert command[1:4] == ("w", ["optim.lr", "seed"], config.Hosts(distributed=True))
     assert command.config.optim.lr == 3e-5 and parse().optim.lr == 1e-3
     assert parse("--config.model.train_text=False").model.train_text is False
 
@@ -53,7 +53,23 @@ def test_command_line():
         (["--config.optim.lr=fast"], "fast"),
         (["--config.steps=0"], "config.steps is 0, expected 1 or more"),
         (["--config.optim.accumulate=0"], "config.optim.accumulate is 0"),
-        (["--config.steps=21"], "config.steps is 21, expected a multiple of config.optim.accumul"),
+        (["--config.optim.cosine_steps=2"], "cosine_steps is 2, expected 0 or more than config"),
+        (["--config.remat=all"], "config.remat is 'all', expected one of none, blocks, full"),
+        (["--config.objective.min_snr_gamma=-1"], "min_snr_gamma is -1.0, expected 0 or more"),
+        (["--config.model.zero_terminal_snr=True"], "needs config.model.base='' (a base has noise"),
+        (
+            [
+                "--config.model.prediction=v_prediction",
+                "--config.model.zero_terminal_snr=True",
+                "--config.objective.min_snr_gamma=5",
+            ],
+            "config.objective.min_snr_gamma is 5.0, expected 0: with zero terminal SNR",
+        ),
+        (
+            ["--config.objective.kind=vae", "--config.remat=full"],
+            "config.remat is 'full': objective.kind=vae has no UNet",
+        ),
+        (["--config.optim.name=lion"], "optim.name is 'lion', expected one of adamw, adafactor"),
         (["--config.data.batch_size=0"], "config.data.batch_size is 0, expected 1 or more"),
         (["--config.data.resolution=0"], "config.data.resolution is 0, expected 1 or more"),
         (["--config.data.flip=1.5"], "config.data.flip is 1.5, expected 0 to 1"),
@@ -64,7 +80,7 @@ def test_command_line():
         (["--config.optim.lr=nan"], "config.optim.lr is nan, expected a number above 0"),
         (["--config.optim.ema_decay=1"], "optim.ema_decay is 1.0, expected 0 or more, below 1"),
         (["--config.objective.drop_rate=0.4"], "objective.drop_rate is 0.4, expected 0 to 1/3"),
-        (["--config.objective.kind=gan"], "'gan', expected one of edit, vae"),
+        (["--config.objective.kind=gan"], "'gan', expected one of edit, generate, vae, clip"),
         (["--config.dtype=float16"], "expected one of auto, float32, bfloat16"),
         (["--speed=1"], "speed"),
         (["again"], "again: expected options only"),

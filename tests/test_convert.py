@@ -49,7 +49,7 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     out = capsys.readouterr().out
-    assert out.count("python -m ip2p_jax.convert --from") == 3
+    assert out.count("python -m ip2p_jax.convert --from") == 6
 
 
 def evil(path: Path) -> Path:

@@ -69,7 +69,7 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
     """The same pixels; the settings in the metadata; a progress bar on stderr."""
     args = ("--input", "in.png", "--instruction", "make it blue", "--output", "new/a.PNG")
     more = ("--text-guidance", "5", "--image-guidance", "-0.5", "--seed", "7", "--negative", "red")
-    assert command(*args, *more) == 0
+    assert command(*args, *more, "--guidance-rescale", "0.5") == 0
     out, err = capsys.readouterr()
     assert out == "" and "editing" in err and "1/1" in err
     [want] = editor(
@@ -81,6 +81,7 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
         seed=7,
         negative="red",
         resolution=64,
+        guidance_rescale=0.5,
     )
     assert want.size == (64, 48)
     assert np.array_equal(array(folder / "new" / "a.PNG"), array(want))
@@ -92,6 +93,7 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
             "revision": None,
             "variant": None,
             "vae": None,
+            "lora": None,
             "dtype": None,
             "safety": False,
             "input": "in.png",
@@ -101,6 +103,7 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
             "sampler": "euler_ancestral",
             "text_guidance": 5.0,
             "image_guidance": -0.5,
+            "guidance_rescale": 0.5,
             "seed": 7,
             "negative": "red",
             "resolution": None,
@@ -214,9 +217,10 @@ def test_other_networks_are_asked_for(folder, monkeypatch, capsys):
     monkeypatch.setattr(edit, "Editor", build)
     args = ["--input", "in.png", "--instruction", "x", "--output", "out.png", "--model", "[a]/[/b]"]
     more = ["--revision", "v2", "--variant", "fp16", "--vae", "b", "--dtype", "bfloat16"]
+    more += ["--lora", "c", "--lora", "d:0.5"]
     assert edit.main([*args, *more]) == 2
     wanted = {"model": "[a]/[/b]", "revision": "v2", "variant": "fp16", "vae": "b"}
-    assert asked == wanted | {"safety": False}
+    assert asked == wanted | {"lora": ["c", "d:0.5"], "safety": False}
     assert capsys.readouterr().err == "error: built as bfloat16\n"
     assert edit.main([*args, "--safety"]) == 2
     assert capsys.readouterr().err == "error: checked\n"

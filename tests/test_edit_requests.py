@@ -44,6 +44,7 @@ def refused(folder, monkeypatch, capsys):
         (("--steps", "1001"), "steps: 1001, expected 1 to 1000"),
         (("--steps", "ten"), "argument --steps: invalid int value: 'ten'"),
         (("--sampler", "plms"), "sampler: 'plms', expected one of euler_ancestral, euler, heun"),
+        (("--guidance-rescale", "1.5"), "guidance_rescale: 1.5, expected 0 to 1"),
         (("--text-guidance", "nan"), "text_guidance: nan, expected a finite number"),
         (("--image-guidance", "inf"), "image_guidance: inf, expected a finite number"),
         (("--seed", "-1"), "seed: -1, expected an integer from 0 to 2^32 - 1"),

@@ -8,7 +8,6 @@ import skimage.data
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from ip2p_jax import programs
 from ip2p_jax.editor import Editor
 from ip2p_jax.sizes import edit_size, fit
 from ip2p_jax.weights.load import load

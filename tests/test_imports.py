@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("types", "config", "sizes", "cli", "storage", "models.presets"),
+    ("types", "config", "sizes", "cli", "storage", "digests", "programs", "models.presets"),
     ("models", "diffusion", "data"),
     ("weights", "networks", "guided", "checks", "devices"),
     (
@@ -24,6 +24,8 @@ LAYERS = (
         "placed",
         "jobs",
         "edit_requests",
+        "latent_shards",
+        "publish",
         "safety",
         "training",
         "evaluation",

@@ -3,6 +3,7 @@
 SIGTERM saves; a loss that is not finite ends the run and leaves good checkpoints; two hosts train
 as one does; a run is a model that opens, edits and converts."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,121 +11,49 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from diffusers import AutoencoderKL
 from PIL import Image
 
-from ip2p_jax import convert, train
-from ip2p_jax.config import Config, Log
+from ip2p_jax import convert, publish
 from ip2p_jax.editor import Editor
-from ip2p_jax.types import Params
+from ip2p_jax.training import logs, mesh, state
 from ip2p_jax.weights.load import load, load_vae
 from tests.edits import PICTURE
 from tests.kills import KILLS, write_row
-from tests.oracles import randomize, small_tokenizer, tiny_folder
+from tests.oracles import tiny_folder
+from tests.toy_runs import (
+    CONFIG,
+    STEPS,
+    command,
+    curve,
+    equal,
+    lines,
+    logged,
+    losses,
+    one_device_only,
+    run,
+    run_apart,
+    saved,
+    steps,
+    toy_options,
+)
 from tests.training.tiny import grid
-
-CONFIG = str(Path(__file__).parent.parent / "configs" / "tiny_cpu.py")
-STEPS = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """One device, in the processes started here and in this one; its signal handler is restored."""
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_NUM_CPU_DEVICES", "1")
-        patch.setattr(train.mesh, "make_mesh", lambda cfg: grid(1, 1))
+    with one_device_only():
         yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> Path:
-    """A very small frozen VAE and a tokenizer: what a start from scratch needs."""
-    folder = tmp_path_factory.mktemp("sources")
-    vae = AutoencoderKL(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-    )
-    randomize(vae, 0).save_pretrained(folder / "vae")
-    small_tokenizer().save_pretrained(folder / "tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def options(sources, packed) -> list[str]:
-    return [
-        f"--config={CONFIG}",
-        f"--config.data.path={packed}",
-        f"--config.model.vae={sources}",
-        f"--config.model.tokenizer={sources / 'tokenizer'}",
-    ]
-
-
-def run(options: list[str], workdir: Path, *more: str) -> int:
-    """Trains in this process."""
-    return train.main([*options, f"--workdir={workdir}", *more])
-
-
-def command(options: list[str], workdir: Path) -> list[str]:
-    return [sys.executable, "-m", "ip2p_jax.train", *options, f"--workdir={workdir}"]
-
-
-def run_apart(options: list[str], workdir: Path) -> None:
-    """Trains in a process of its own. This one has more devices, and so more threads, among which
-    sums are divided: results are not the same to the last bit."""
-    done = subprocess.run(command(options, workdir), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def steps(workdir: Path) -> list[int]:
-    """The committed steps of a run."""
-    names = os.listdir(workdir / "checkpoints") if (workdir / "checkpoints").exists() else []
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def lines(workdir: Path) -> list[dict]:
-    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def logged(workdir: Path) -> list[int]:
-    return [line["step"] for line in lines(workdir)]
-
-
-def curve(workdir: Path) -> list[dict]:
-    """What was logged, without what depends on the clock; every digit of a float32 is there."""
-    return [
-        {name: x for name, x in line.items() if name != "examples_per_second"}
-        for line in lines(workdir)
-    ]
-
-
-def losses(workdir: Path) -> list[float]:
-    return [line["loss"] for line in lines(workdir)]
-
-
-def saved(workdir: Path, step: int = STEPS) -> dict[str, Params]:
-    """Everything a checkpoint holds."""
-    with ocp.CheckpointManager(workdir / "checkpoints", item_names=("train", "ema")) as manager:
-        read = ocp.args.StandardRestore()
-        restored = manager.restore(step, args=ocp.args.Composite(train=read, ema=read))
-        return jax.tree.map(np.asarray, dict(restored))
-
-
-def equal(a: object, b: object) -> bool:
-    same = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)
-    return all(jax.tree.leaves(same))
+def options(packed, tmp_path_factory) -> list[str]:
+    return toy_options(packed, tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +82,14 @@ def test_what_a_run_leaves(undisturbed):
     assert not equal(end, saved(undisturbed, 10))  # control of every comparison below
 
 
-def half_written(workdir: Path) -> set[str]:
-    """Checkpoints that are not complete; their names tell when they were begun."""
-    folder = workdir / "checkpoints"
-    return {name for name in os.listdir(folder) if "tmp" in name} if folder.exists() else set()
+def half_written(workdir: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are not complete: names and times. What a kill leaves is removed by the next
+    command, which may begin one of the same name."""
+    folder, found = workdir / "checkpoints", set()
+    for path in folder.glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # complete by now
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
 
 
 def killed(options: list[str], workdir: Path, moment: random.Random) -> tuple[int, bool]:
@@ -256,24 +189,84 @@ def test_not_finite(options, finished, capsys):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved(finished)))
 
 
+def test_steps_that_are_not_finite(options, finished, capsys, monkeypatch):
+    """Step 22 is skipped; from step 25 on all are, and the run ends after ten of them, at which no
+    checkpoint is made. What was kept is finite."""
+    make_step = state.make_step
+
+    def spoilt(*args):
+        made = make_step(*args)
+
+        def call(state, frozen, *rest):
+            bad = (state.step == 21) | (state.step >= 24)
+            vae = jax.tree.map(lambda x: jax.numpy.where(bad, np.nan, x), frozen["vae"])
+            return made(state, {**frozen, "vae": vae}, *rest)
+
+        return call
+
+    monkeypatch.setattr(state, "make_step", spoilt)
+    assert run(options, finished, "--config.steps=23") == 0
+    assert {x["step"]: x["skipped"] for x in lines(finished) if "skipped" in x} == {22: 1}
+    assert run(options, finished, "--config.steps=60") == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("error: steps 25 to 34: ") and err.endswith("before it is kept")
+    assert steps(finished) == [10, 20, 23]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved(finished, 23)))
+    assert not equal(saved(finished, 23)["ema"], saved(finished)["ema"])
+
+
 def test_faults_of_the_training_keep_their_traceback(options, finished, monkeypatch):
-    """A disk that is full is no wrong input."""
+    """A fault in the middle is no wrong input."""
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def broken(*args):
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(train.checkpoint, "save", full)
+    monkeypatch.setattr(logs.Logs, "add", broken)
     with pytest.raises(RuntimeError, match="the training failed") as caught:
         run(options, finished, "--config.steps=22")
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_a_run_without_grids_builds_none():
-    cfg = Config(log=Log(samples_every=0))  # its data do not exist
-    assert train.sampler(cfg, lambda *_: np.zeros(1), {}, None, grid(1, 1)) is None
-    cfg.log.samples_every = 1
-    with pytest.raises(FileNotFoundError):
-        train.sampler(cfg, lambda *_: np.zeros(1), {}, None, grid(1, 1))
+def test_a_dry_run_leaves_nothing(options, tmp_path, capsys):
+    assert run(options, tmp_path / "run", "--dry-run") == 0
+    text = capsys.readouterr().err
+    assert "1 devices (cpu): data 1, fsdp 1; 1 hosts" in text
+    assert "unet.conv_in.kernel  float32[3, 3, 8, 32]  P()" in text
+    assert "GiB a device, and activations" in text
+    assert not list(tmp_path.iterdir())
+    assert run(options, tmp_path / "run", "--dry-run", "--config.data.batch_size=7") == 2
+    assert "config.data.batch_size is 7" in capsys.readouterr().err
+
+
+def test_validation_and_what_is_published(options, finished, tmp_path, monkeypatch, capsys):
+    """A finished run goes to the hub as a diffusers folder, with a card of its settings and last
+    metrics; what is no name there is refused before anything is trained."""
+    sent = {}
+
+    class Hub:
+        endpoint = "https://hub"
+
+        def create_repo(self, name, exist_ok):
+            assert exist_ok
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            sent[repo_id] = shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr(publish, "HfApi", Hub)
+    more = ("--config.log.validation_every=2", "--config.log.validation_batches=1")
+    assert run(options, finished, "--config.steps=22", *more, "--push=edits") == 2
+    assert capsys.readouterr().err == "error: --push edits: expected USER/NAME\n"
+    assert steps(finished) == [0, 10, 20]
+    assert run(options, finished, "--config.steps=22", *more, "--push=me/edits") == 0
+    assert capsys.readouterr().out == "https://hub/me/edits\n"
+    *_, trained, validation = lines(finished)
+    assert trained["step"] == validation["step"] == 22
+    assert 0.1 < validation["validation_loss"] < 10 and trained["update_norm"] > 0
+    assert load(str(sent["me/edits"])).config.unet.in_channels == 8
+    card = (sent["me/edits"] / "README.md").read_text()
+    assert "| optim.lr | 0.001 |" in card and "| steps | 22 |" in card
+    assert f"| validation_loss | {validation['validation_loss']:.4g} |" in card
+    assert "data.path" not in card and 'from_pretrained("me/edits")' in card
 
 
 def test_other_options_are_refused_by_name(options, undisturbed, capsys):
@@ -424,7 +417,7 @@ def test_two_hosts_train_an_editor(options, undisturbed, tmp_path):
 
 
 def test_batch_that_no_mesh_can_split(options, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.mesh, "make_mesh", lambda cfg: grid(1, 8))
+    monkeypatch.setattr(mesh, "make_mesh", lambda cfg: grid(1, 8))
     assert run(options, tmp_path, "--config.data.batch_size=4") == 2
-    line = "error: config.data.batch_size is 4, expected a multiple of the 8 devices\n"
-    assert capsys.readouterr().err == line
+    line = "error: config.data.batch_size is 4, expected a multiple of 16: 8 devices x "
+    assert capsys.readouterr().err == line + "config.optim.accumulate=2\n"

@@ -2,18 +2,19 @@
 """Endless shuffled batches, the same global order for any number of hosts, workers and restarts."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
-from ip2p_jax.config import Data
+from ip2p_jax.config import Data, folders
+from ip2p_jax.data.latents import LatentSource, cached
 from ip2p_jax.data.pairs import PairSource
 from ip2p_jax.data.tokens import tokenize
-from ip2p_jax.data.transforms import Example, example
-from ip2p_jax.types import Batch
+from ip2p_jax.data.transforms import captioned, example
+from ip2p_jax.types import Batch, CaptionedBatch, LatentBatch
 
 
 def check(cfg: Data, seed: int, host_count: int) -> None:
@@ -34,44 +35,109 @@ def check(cfg: Data, seed: int, host_count: int) -> None:
         raise ValueError(f"seed={seed} must be between 0 and 2^32 - 1")
 
 
-Stacked = tuple[np.ndarray, np.ndarray, list[str]]
-"""Inputs, outputs and instructions of a batch. Tokens are made in the main thread: the tokenizer
-is neither safe among threads nor needed in worker processes."""
+class Kind(NamedTuple):
+    """What a batch consists of: `see` takes arrays and, last, a text from a record of `source`;
+    `batch` is made of the stacked arrays and the tokens."""
+
+    source: Callable[..., Any]
+    see: Callable[[Any, np.random.Generator, Data], tuple]
+    batch: Callable[..., Any]
 
 
-def _draw(prompt: range, rng: np.random.Generator, *, source: PairSource, cfg: Data) -> Example:
-    """One of the prompt's pairs at random, seen in a random way."""
-    return example(source[int(rng.choice(prompt))], rng, cfg)
+PAIRS = Kind(PairSource, example, Batch)
+CAPTIONS = Kind(PairSource, captioned, CaptionedBatch)
+LATENTS = Kind(LatentSource, cached, LatentBatch)
+
+TRIES = 16
+"""Records in a row that may be broken."""
+
+FEW = 16
+"""Records that may be broken whatever their share."""
 
 
-def _stack(examples: Sequence[Example]) -> Stacked:
-    before, after, texts = zip(*examples, strict=True)
-    return np.stack(before), np.stack(after), list(texts)
+class TooManyBroken(Exception):
+    """More records than `config.data.broken` allows cannot be used."""
+
+
+class Drawn(NamedTuple):
+    """What `Kind.see` made of a record, and why the ones drawn before it could not be used."""
+
+    example: tuple
+    broken: list[str]
+
+
+Stacked = tuple[list[np.ndarray], list[str], list[str]]
+"""Arrays and texts of a batch, and why records were replaced. Tokens are made in the main thread:
+the tokenizer is neither safe among threads nor needed in worker processes."""
+
+
+def _draw(
+    prompt: range,
+    rng: np.random.Generator,
+    *,
+    source: Any,
+    prompts: Sequence[range],
+    kind: Kind,
+    cfg: Data,
+) -> Drawn:
+    """One of the prompt's records at random, seen in a random way.
+
+    One that is broken is replaced by what the same generator draws next, from any prompt: so by the
+    same after a restart, and on any host.
+    """
+    broken = []
+    for _ in range(TRIES):
+        try:
+            return Drawn(kind.see(source[int(rng.choice(prompt))], rng, cfg), broken)
+        except ValueError as error:
+            broken.append(str(error))
+            prompt = prompts[int(rng.integers(len(prompts)))]
+    raise TooManyBroken(f"{TRIES} records in a row cannot be used: {broken[-1]}")
+
+
+def _stack(examples: Sequence[Drawn]) -> Stacked:
+    *arrays, texts = zip(*(drawn.example for drawn in examples), strict=True)
+    broken = [why for drawn in examples for why in drawn.broken]
+    return [np.stack(x) for x in arrays], list(texts), broken
 
 
 class Loader:
-    """Iterator over this host's rows of each global batch (types.Batch, numpy).
+    """Iterator over this host's rows of each global batch (what `kind` makes of numpy arrays).
 
     Global batch i depends on data, seed and batch size alone. The state is the number of batches
     taken, so a run goes on with other numbers of hosts and workers. `close` ends the workers.
     """
 
     def __init__(
-        self, batches: grain.MapDataset[Stacked], cfg: Data, tokenizer: Any, start: int = 0
+        self,
+        batches: grain.MapDataset[Stacked],
+        kind: Kind,
+        cfg: Data,
+        tokenizer: Any,
+        start: int = 0,
     ):
-        self._batches, self._cfg, self._tokenizer = batches, cfg, tokenizer
+        self._batches, self._kind, self._cfg, self._tokenizer = batches, kind, cfg, tokenizer
         self._iterator: grain.DatasetIterator[Stacked] | None = None
+        self._rows = 0
+        self.broken: list[str] = []  # why records were replaced, in the order of the batches
         self.set_state({"batch": start})
 
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._begin()
-        before, after, texts = next(self._iterator)
+        arrays, texts, broken = next(self._iterator)
         self._next += 1
-        return Batch(before, after, tokenize(self._tokenizer, texts))
+        self.broken.extend(broken)
+        self._rows += len(texts)
+        if len(self.broken) > FEW + self._cfg.broken * self._rows:
+            raise TooManyBroken(
+                f"{len(self.broken)} of {self._rows + len(self.broken)} records cannot be used, "
+                f"more than config.data.broken={self._cfg.broken} of them: {self.broken[-1]}"
+            )
+        return self._kind.batch(*arrays, tokenize(self._tokenizer, texts))
 
     def _begin(self) -> grain.DatasetIterator[Stacked]:
         threads, workers = self._cfg.threads, self._cfg.workers
@@ -106,9 +172,23 @@ def share(prompts: Sequence[range], fraction: float) -> list[range]:
     return [prompts[i] for i in np.sort(chosen)]
 
 
+def endless(folder: str, cfg: Data, kind: Kind, seed: int) -> grain.MapDataset:
+    """One pair a prompt and epoch of one data set, each epoch in a new order."""
+    source = kind.source(folder, cfg.split, check_hashes=cfg.check_hashes)
+    prompts = share(source.prompts, cfg.fraction)
+    return (
+        grain.MapDataset.source(prompts)
+        .seed(seed)
+        .shuffle()
+        .repeat(2**40 // len(prompts))  # longer than any run, and still a length
+        .random_map(functools.partial(_draw, source=source, prompts=prompts, kind=kind, cfg=cfg))
+    )
+
+
 def make_loader(
     cfg: Data,
     tokenizer: Any,
+    kind: Kind = PAIRS,
     *,
     seed: int = 0,
     host_index: int = 0,
@@ -117,20 +197,14 @@ def make_loader(
 ) -> Loader:
     """Endless batches of batch_size / host_count rows, reshuffled every epoch, from batch `start`.
 
-    One pair a prompt and epoch. All draws belong to the position in the global order, so 1, 2 and
-    4 hosts see the same global batches. `tokenizer` is a transformers.CLIPTokenizer. Raises
-    ValueError or FileNotFoundError for wrong options, a folder that is none, or damaged shards; a
-    worker that dies raises RuntimeError.
+    Data sets take turns by their weights. All draws belong to the position in the global order, so
+    1, 2 and 4 hosts see the same global batches. `tokenizer` is a transformers.CLIPTokenizer.
+    Raises ValueError or FileNotFoundError for wrong options, a folder that is none, or damaged
+    shards; a worker that dies raises RuntimeError.
     """
     check(cfg, seed, host_count)
-    source = PairSource(cfg.path, cfg.split, check_hashes=cfg.check_hashes)
-    prompts = share(source.prompts, cfg.fraction)
-    batches = (
-        grain.MapDataset.source(prompts)
-        .seed(seed)
-        .shuffle()
-        .repeat(2**40 // len(prompts))  # longer than any run, and still a length
-        .random_map(functools.partial(_draw, source=source, cfg=cfg))
-        .batch(cfg.batch_size // host_count, batch_fn=_stack)
-    )
-    return Loader(batches[host_index::host_count], cfg, tokenizer, start)
+    paths, weights = zip(*folders(cfg).items(), strict=True)
+    sets = [endless(path, cfg, kind, (seed + i) % 2**32) for i, path in enumerate(paths)]
+    mixed = grain.MapDataset.mix(sets, weights)
+    batches = mixed.batch(cfg.batch_size // host_count, batch_fn=_stack)
+    return Loader(batches[host_index::host_count], kind, cfg, tokenizer, start)

@@ -5,10 +5,11 @@ ArrayRecord opens a truncated file as an empty one, without an error: so lengths
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 
@@ -16,7 +17,7 @@ MANIFEST = "manifest.json"
 
 
 class Shard(NamedTuple):
-    """One ArrayRecord file. `file` is relative to the data folder, `sizes` are pairs a prompt."""
+    """One ArrayRecord file. `file` is relative to the data folder, `sizes` are records a prompt."""
 
     file: str
     records: int
@@ -36,14 +37,19 @@ def sha256(path: Path) -> str:
 
 
 def measure(path: Path, sizes: list[int]) -> Shard:
-    """Describes a shard file just written, that holds prompts of `sizes` pairs."""
+    """Describes a shard file just written, that holds prompts of `sizes` records."""
     return Shard(path.name, sum(sizes), path.stat().st_size, sha256(path), sizes)
+
+
+def as_json(manifest: Manifest, **more: Any) -> str:
+    """What `manifest.json` holds, and `more` beside it."""
+    splits = {split: [shard._asdict() for shard in shards] for split, shards in manifest.items()}
+    return json.dumps({"splits": splits, **more})
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `manifest.json` into a data folder."""
-    splits = {split: [shard._asdict() for shard in shards] for split, shards in manifest.items()}
-    (folder / MANIFEST).write_text(json.dumps({"splits": splits}))
+    (folder / MANIFEST).write_text(as_json(manifest))
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -57,16 +63,17 @@ def load_manifest(folder: Path) -> Manifest:
         splits = json.loads(path.read_text())["splits"]
         return {split: [Shard(**shard) for shard in shards] for split, shards in splits.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); pack the data again") from None
+        raise ValueError(f"{path} is damaged ({error}); make the data anew") from None
 
 
 def _records(path: Path) -> int:
+    """How many records a shard has; 0 if it is so damaged that this cannot be told."""
     try:
         reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
     except (RuntimeError, ValueError):
         return 0
-    count = reader.num_records()
-    reader.close()
     return count
 
 
@@ -105,9 +112,18 @@ def verify(folder: Path, *, hashes: bool = False) -> Manifest:
         raise ValueError(f"{folder / MANIFEST}: shard {twice} is listed twice")
     for shard in shards:
         if fault := _fault(folder / shard.file, shard, hashes):
-            raise ValueError(f"shard {folder / shard.file} {fault}; pack the data again")
+            raise ValueError(f"shard {folder / shard.file} {fault}; make the data anew")
     known = {shard.file for shard in shards}
     for path in sorted(folder.rglob("*.array_record*")):
         if (file := path.relative_to(folder).as_posix()) not in known:
             raise ValueError(f"shard {folder / file} is not in the manifest (doubled?): remove it")
     return manifest
+
+
+def prompts_of(folder: Path, manifest: Manifest, split: str) -> list[range]:
+    """The records of each prompt of a split; ValueError names the splits that `folder` has."""
+    if split not in manifest:
+        raise ValueError(f"{folder}: no split {split!r}, only {', '.join(manifest)}")
+    sizes = [size for shard in manifest[split] for size in shard.sizes]
+    ends = list(itertools.accumulate(sizes))
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -6,18 +6,18 @@ and `report.json` (what was left out, and why). Pairs of one prompt are neighbou
 """
 
 import io
-import itertools
 import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.splits import SplitDict
 
-from ip2p_jax.data.manifest import Manifest, Shard, verify
+from ip2p_jax.data.manifest import Manifest, Shard, prompts_of, verify
 
 FOLDER = "pairs/1.0.0"
 """Where TFDS puts its files inside a data folder: name and version of the builder below."""
@@ -72,6 +72,8 @@ def serialize(pair: Pair) -> bytes:
 def deserialize(record: bytes) -> Pair:
     """The inverse of `serialize`."""
     example: Any = FEATURES.deserialize_example_np(record, decoders=_ENCODED)
+    if missing := [name for name, value in example.items() if value is None]:
+        raise ValueError(f"has no field {missing[0]}")
     texts = {k: v.decode() for k, v in example.items() if k not in _ENCODED}
     return Pair(input=example["input"], output=example["output"], **texts)
 
@@ -120,11 +122,9 @@ class PairSource:
         """Verifies the folder against its manifest; ValueError or FileNotFoundError name faults."""
         self._folder = folder = Path(folder)
         manifest = verify(folder, hashes=check_hashes)
-        if split not in manifest:
-            raise ValueError(f"{folder}: no split {split!r}, only {', '.join(manifest)}")
-        sizes = [size for shard in manifest[split] for size in shard.sizes]
-        ends = list(itertools.accumulate(sizes))
-        self.prompts = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        self.prompts = prompts_of(folder, manifest, split)
+        if not (folder / FOLDER).is_dir():
+            raise ValueError(f"{folder}: holds no pictures, expected a folder of data_gen.pack")
         builder: Any = tfds.builder_from_directory(folder / FOLDER)
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         self._records = builder.as_data_source(split, deserialize_method=raw)
@@ -137,5 +137,5 @@ class PairSource:
             raise IndexError(record)
         try:
             return deserialize(self._records[record])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, DecodeError) as error:
             raise ValueError(f"{self._folder}: record {record} is damaged ({error})") from None

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ip2p_jax.config import Data
 from ip2p_jax.data.pairs import Pair
+from ip2p_jax.data.pictures import decode, size
 
 
 class View(NamedTuple):
@@ -29,6 +30,13 @@ class Example(NamedTuple):
     instruction: str
 
 
+class Captioned(NamedTuple):
+    """One picture as training sees it with its caption, before tokenization."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    caption: str
+
+
 def draw_view(rng: np.random.Generator, cfg: Data) -> View:
     """Draws side, corner of the window and flip for one pair."""
     lowest, highest = cfg.resize_min or cfg.resolution, cfg.resize_max or cfg.resolution
@@ -37,20 +45,65 @@ def draw_view(rng: np.random.Generator, cfg: Data) -> View:
     return View(side, int(left), int(top), bool(rng.random() < cfg.flip))
 
 
+def draw_views(rng: np.random.Generator, cfg: Data, count: int) -> list[View]:
+    """Draws `count` views of one pair, each as `draw_view` does, but flips are spread evenly: how
+    many are mirrored is within one of `count` times `cfg.flip`."""
+    start = rng.random()
+    flips = [(start + i / count) % 1 < cfg.flip for i in range(count)]
+    return [draw_view(rng, cfg)._replace(flip=flip) for flip in flips]
+
+
 def see(picture: bytes, view: View, resolution: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes, resizes to a square (Lanczos, aspect not kept, as the authors), cuts and flips."""
-    with Image.open(io.BytesIO(picture)) as encoded:
-        image = encoded.convert("RGB").resize((view.side, view.side), Image.Resampling.LANCZOS)
+    """Decodes, resizes to a square (Lanczos, aspect not kept, as the authors), cuts and flips.
+
+    Raises ValueError for a picture that does not decode.
+    """
+    image = decode(picture).resize((view.side, view.side), Image.Resampling.LANCZOS)
     box = (view.left, view.top, view.left + resolution, view.top + resolution)
     pixels = np.asarray(image.crop(box))
     return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
 
 
+def captions_of(pair: Pair) -> tuple[str, str]:
+    """Both captions of a pair; ValueError names a pair that lacks one, as all of some data do."""
+    for name in ("input_caption", "output_caption"):
+        if not getattr(pair, name).strip():
+            raise ValueError(f"prompt {pair.prompt}, pair {pair.seed}: its {name} is empty")
+    return pair.input_caption, pair.output_caption
+
+
+def captioned(pair: Pair, rng: np.random.Generator, cfg: Data) -> Captioned:
+    """One of the pictures of a pair, either as often, with its own caption.
+
+    Raises ValueError naming a pair that lacks a caption or does not decode.
+    """
+    which = int(rng.integers(2))
+    caption, view = captions_of(pair)[which], draw_view(rng, cfg)
+    try:
+        return Captioned(see((pair.input, pair.output)[which], view, cfg.resolution), caption)
+    except ValueError as error:
+        raise ValueError(f"prompt {pair.prompt}, pair {pair.seed}: {error}") from None
+
+
+def check_pair(pair: Pair) -> None:
+    """Raises ValueError for a pair that no edit can be learnt from, whatever its pictures show."""
+    if not pair.instruction.strip():
+        raise ValueError("its instruction is empty")
+    before, after = (size(io.BytesIO(picture)) for picture in (pair.input, pair.output))
+    if before != after:
+        raise ValueError(f"its pictures have two sizes, {before} and {after} px")
+
+
 def example(pair: Pair, rng: np.random.Generator, cfg: Data) -> Example:
-    """Both pictures of a pair under one view; ValueError names a pair that does not decode."""
+    """Both pictures of a pair under one view.
+
+    Raises ValueError naming a pair that does not decode, has no instruction, or has pictures of two
+    sizes, which a view would not show alike.
+    """
     view = draw_view(rng, cfg)
     try:
+        check_pair(pair)
         before, after = (see(p, view, cfg.resolution) for p in (pair.input, pair.output))
-    except OSError as error:
+    except ValueError as error:
         raise ValueError(f"prompt {pair.prompt}, pair {pair.seed}: {error}") from None
     return Example(before, after, pair.instruction)

@@ -79,19 +79,51 @@ def v_to_z0(
     return z / (sigma**2 + 1) - v * sigma / jnp.sqrt(sigma**2 + 1)
 
 
+Rescale = Callable[
+    [Float[Array, "b h w c"], Float[Array, ""], Float[Array, "b h w c"], Float[Array, "b h w c"]],
+    Float[Array, "b h w c"],
+]
+"""`rescale(z, sigma, guided, conditional)`: what the guided z0 becomes, by the conditional one."""
+
+
+def as_guided(z, sigma, guided, conditional):
+    """Leaves the guided z0 as it is."""
+    return guided
+
+
+def rescaled(schedule: Schedule, share: Float[Array, "b"]) -> Rescale:
+    """Gives the guided output of the network back the spread of the conditional one (Lin et al.
+    2024, section 3.4): o = share o_g std(o_c) / std(o_g) + (1 - share) o_g, a share per example.
+
+    The output is (z - z0) / sigma for epsilon, and for v a multiple of z / (sigma^2 + 1) - z0: in
+    terms of z0, its difference from z, or from z / (sigma^2 + 1), is scaled. Share 0 changes
+    nothing, to the last bit.
+    """
+
+    def rescale(z, sigma, guided, conditional):
+        origin = z / (sigma**2 + 1) if schedule.prediction == "v_prediction" else z
+        wanted, got = (jnp.std(x - origin, axis=(1, 2, 3)) for x in (conditional, guided))
+        change = share * (1 - wanted / jnp.maximum(got, 1e-12))
+        return guided + change[:, None, None, None] * (origin - guided)
+
+    return rescale
+
+
 def guide_edit(
     denoise: ConditionalDenoise,
     cond: Conditioning,
     null_text: Float[Array, "b n c"],
     text_scale: Float[Array, "b"],
     image_scale: Float[Array, "b"],
+    rescale: Rescale = as_guided,
 ) -> Denoise:
     """Classifier-free guidance by image and text (section 3.2.1, equation 3).
 
     eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)), one s_I and s_T per example.
     It is applied to z0 instead: the weights add up to one, and z0 is an affine function of eps, and
     of v, at a given z and sigma. The null image is zero; `null_text` may be a negative text. Any
-    scale is legal: image scales below 1, zero and negative ones extrapolate like the rest.
+    scale is legal: image scales below 1, zero and negative ones extrapolate like the rest. What is
+    `rescaled` takes the branch of image and text for the conditional one.
     """
     no_image = jnp.zeros_like(cond.image)
     branches = Conditioning(
@@ -102,7 +134,7 @@ def guide_edit(
 
     def guided(z: Float[Array, "b h w c"], sigma: Float[Array, ""]) -> Float[Array, "b h w c"]:
         none, image, both = jax.vmap(denoise, in_axes=(None, None, 0))(z, sigma, branches)
-        return none + s_i * (image - none) + s_t * (both - image)
+        return rescale(z, sigma, none + s_i * (image - none) + s_t * (both - image), both)
 
     return guided
 
@@ -112,6 +144,7 @@ def guide_text(
     cond: Conditioning,
     null_text: Float[Array, "b n c"],
     text_scale: Float[Array, "b"],
+    rescale: Rescale = as_guided,
 ) -> Denoise:
     """Classifier-free guidance by text alone (Ho and Salimans 2022); the image stays as it is."""
     branches = Conditioning(
@@ -121,6 +154,6 @@ def guide_text(
 
     def guided(z: Float[Array, "b h w c"], sigma: Float[Array, ""]) -> Float[Array, "b h w c"]:
         none, text = jax.vmap(denoise, in_axes=(None, None, 0))(z, sigma, branches)
-        return none + s_t * (text - none)
+        return rescale(z, sigma, none + s_t * (text - none), text)
 
     return guided

@@ -92,8 +92,13 @@ def grid(
     total = len(schedule.alpha_bar)
     if not 1 <= steps <= total:
         raise ValueError(f"steps: {steps}, expected 1 to {total}")
-    config = rules(sampler, scheduler_config)
+    config = rules(sampler, scheduler_config, schedule.zero_terminal)
     spacing = config.get("timestep_spacing", "linspace")
+    if schedule.zero_terminal and (sampler, spacing) != ("ddim", "trailing"):
+        raise ValueError(
+            f"sampler: {sampler!r} with timestep_spacing {spacing!r}, expected 'ddim' with "
+            "'trailing': this model has rescale_betas_zero_snr, so it has to begin at pure noise"
+        )
     t = timesteps(sampler, steps, spacing, config.get("steps_offset", 0), total)
     sigmas = schedule.sigma(t)
     last = last_sigma(sampler, t, schedule, config)
@@ -106,10 +111,13 @@ def grid(
     return Grid(np.append(sigmas, last).astype(np.float32), np.float32(start), np.float32(end))
 
 
-def rules(sampler: str, scheduler_config: dict[str, Any] | None) -> dict[str, Any]:
+def rules(
+    sampler: str, scheduler_config: dict[str, Any] | None, zero_terminal: bool = False
+) -> dict[str, Any]:
     """The keys a grid follows: the file's if it is of the sampler's class, else the defaults."""
     if scheduler_config is None or sampler_of(scheduler_config) != sampler:
-        return DDIM_DEFAULT if sampler == "ddim" else {}
+        default = {"timestep_spacing": "trailing"} if zero_terminal else {}
+        return DDIM_DEFAULT | default if sampler == "ddim" else {}
     config = (DDIM_CLASS if sampler == "ddim" else {}) | scheduler_config
     supported = ONLY | (ONLY_DPMPP_2M if sampler == "dpmpp_2m" else {})
     if sampler == "dpmpp_2m" and config.get("final_sigmas_type") == "sigma_min":

@@ -33,24 +33,56 @@ def diffusion_loss(
     cond: Conditioning,
     null_text: Float[Array, "n c"],
     drop_rate: float = 0.05,
+    *,
+    min_snr_gamma: float = 0.0,
+    offset_noise: float = 0.0,
 ) -> tuple[Float[Array, ""], Losses]:
     """Mean squared error of the predicted epsilon (or v) at uniform timesteps (equation 2).
 
     z0 is the scaled latent of the target picture; `null_text` is the encoding of the empty string.
-    Each row's key is split once, for noise, timestep and dropout. Returns the mean in float32, and
-    the rows behind it.
+    Each row's key is split once, for noise, timestep and dropout. `min_snr_gamma` weighs timesteps
+    (`snr_weights`; 0: all alike), `offset_noise` adds noise that is the same all over a channel
+    (`offset`; 0: none). Returns the mean in float32, and the rows behind it, not weighted.
     """
     noise_keys, t_keys, drop_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
     cond = drop_conditioning(drop_keys, cond, null_text, drop_rate)
     total = len(schedule.alpha_bar)
     t = jax.vmap(lambda key: jax.random.randint(key, (), 0, total))(t_keys)
-    eps = unit_noise(noise_keys, z0.shape[1:])
+    eps = offset(noise_keys, z0.shape[1:], offset_noise)
     noisy, target = q_sample(schedule, z0, eps, t)
     predicted = network(
         jnp.concatenate([noisy, cond.image], axis=-1), t.astype(jnp.float32), cond.text
     )
     loss = jnp.mean(jnp.square(predicted.astype(jnp.float32) - target), axis=(1, 2, 3))
-    return jnp.mean(loss), Losses(loss, t)
+    weights = jnp.asarray(snr_weights(schedule, min_snr_gamma), jnp.float32)
+    return jnp.mean(weights[t] * loss), Losses(loss, t)
+
+
+def snr_weights(schedule: Schedule, gamma: float) -> Float[np.ndarray, "T"]:
+    """Min-SNR weights by timestep, float64 (Hang et al. 2023, section 3.4); ones where gamma is 0.
+
+    A loss on z0 is weighed by min(snr, gamma), snr = alpha_bar / (1 - alpha_bar), so one on epsilon
+    by min(snr, gamma) / snr, and one on v by min(snr, gamma) / (snr + 1). gamma = 5 in the paper.
+    """
+    if not gamma:
+        return np.ones_like(schedule.alpha_bar)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    scale = snr + 1 if schedule.prediction == "v_prediction" else snr
+    return np.minimum(snr, gamma) / scale
+
+
+def offset(
+    keys: Key[Array, "b"], shape: tuple[int, ...], strength: float
+) -> Float[Array, "b h w c"]:
+    """Unit noise plus `strength` times a unit normal number for each channel of each row.
+
+    Offset noise (N. Guttenberg, "Diffusion with offset noise", 2023): means of channels, which
+    plain noise hardly touches, are learned too. Where there is any, each key is split in two.
+    """
+    if not strength:
+        return unit_noise(keys, shape)
+    keys, channel_keys = jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)
+    return unit_noise(keys, shape) + strength * unit_noise(channel_keys, (1, 1, shape[-1]))
 
 
 def q_sample(

@@ -31,6 +31,11 @@ class Schedule:
     interpolation: Literal["log", "linear"] = "log"
 
     @property
+    def zero_terminal(self) -> bool:
+        """Whether nothing of the signal is left at the last timestep."""
+        return bool(self.alpha_bar[-1] <= NOTHING)
+
+    @property
     def sigmas(self) -> Float[np.ndarray, "T"]:
         """Noise level at every timestep, increasing, float64."""
         return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
@@ -74,15 +79,33 @@ def from_diffusers(config: dict[str, Any]) -> Schedule:
 
     Raises ValueError, naming the key, where betas are missing or of a kind that is not built.
     """
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError("scheduler_config.json: rescale_betas_zero_snr is not supported")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"scheduler_config.json: prediction_type is {prediction!r}, "
             "expected 'epsilon' or 'v_prediction'"
         )
-    return Schedule(np.cumprod(1 - betas(config)), prediction, interpolation="linear")
+    alpha_bar = np.cumprod(1 - betas(config))
+    if config.get("rescale_betas_zero_snr"):
+        if prediction != "v_prediction":
+            raise ValueError(
+                f"scheduler_config.json: prediction_type is {prediction!r}, expected "
+                "'v_prediction' with rescale_betas_zero_snr: epsilon says nothing of pure noise"
+            )
+        alpha_bar = zero_terminal(alpha_bar)
+    return Schedule(alpha_bar, prediction, interpolation="linear")
+
+
+NOTHING = 2.0**-40
+"""alpha_bar at the end of a schedule with zero terminal SNR: a millionth of the signal's amplitude,
+which is nothing beside the noise, and sigma, 2^20, is a number still."""
+
+
+def zero_terminal(alpha_bar: Float[np.ndarray, "T"]) -> Float[np.ndarray, "T"]:
+    """A schedule, scaled until its end has no signal (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(alpha_bar)
+    rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return np.append(rescaled[:-1], NOTHING)
 
 
 def betas(config: dict[str, Any]) -> Float[np.ndarray, "T"]:

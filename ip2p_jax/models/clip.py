@@ -207,6 +207,7 @@ class CLIP(nnx.Module):
             cfg.text.width, cfg.vision.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
         )
         self.vision_model = CLIPVision(cfg.vision, dtype=dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))  # for training alone
         self.end = cfg.text.eos_token_id
         # Configurations from before 2023 say 2, which is no end token.
         self.pool = highest_token if self.end == 2 else first_end_token

@@ -4,6 +4,11 @@
 Attributes carry diffusers' tensor names, so a checkpoint is ported by one generic rule.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -19,6 +24,29 @@ from ip2p_jax.models.layers import (
     timestep_embedding,
 )
 from ip2p_jax.models.presets import UNetConfig
+
+
+class Remat(NamedTuple):
+    """Which intermediate results the backward pass computes again, instead of their being kept: how
+    a unit (a residual block with its transformer) is called, and how a level of units is."""
+
+    unit: Callable[[Callable], Callable]
+    level: Callable[[Callable], Callable]
+
+
+def kept(function: Callable) -> Callable:
+    """Calls a function as it is: all that its backward pass needs is kept."""
+    return function
+
+
+REMAT = {
+    "none": Remat(kept, kept),
+    "blocks": Remat(jax.checkpoint, kept),
+    "full": Remat(jax.checkpoint, jax.checkpoint),
+}
+"""By name. blocks: of each unit only the inputs are kept, and it is computed twice. full: of each
+level (of the down, middle and up path) only the inputs are kept, and those of its units while its
+gradient is computed; units are computed three times. Gradients are the same, but for rounding."""
 
 
 class TimeEmbedding(nnx.Module):
@@ -71,24 +99,30 @@ class Block(nnx.Module):
         self.downsamplers = nnx.List([resample]) if isinstance(resample, Downsample) else None
         self.upsamplers = nnx.List([resample]) if isinstance(resample, Upsample) else None
 
-    def down(self, x, time, text, attend: Attend, skips: list):
-        """Appends every intermediate result to `skips`."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
-            if self.attentions is not None:
-                x = self.attentions[i](x, text, attend)
-            skips.append(x)
-        if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
-            skips.append(x)
-        return x
+    def unit(self, i: int, attend: Attend, remat: Remat) -> Callable:
+        """The i-th residual block and its transformer, as a function of (x, time, text)."""
 
-    def up(self, x, time, text, attend: Attend, skips: list):
+        def run(resnet, transformer, x, time, text):
+            x = resnet(x, time)
+            return x if transformer is None else transformer(x, text, attend)
+
+        transformer = None if self.attentions is None else self.attentions[i]
+        return functools.partial(remat.unit(run), self.resnets[i], transformer)
+
+    def down(self, x, time, text, attend: Attend, remat: Remat) -> list:
+        """Every intermediate result."""
+        results = []
+        for i in range(len(self.resnets)):
+            x = self.unit(i, attend, remat)(x, time, text)
+            results.append(x)
+        if self.downsamplers is not None:
+            results.append(self.downsamplers[0](x))
+        return results
+
+    def up(self, x, time, text, attend: Attend, remat: Remat, skips: list):
         """Takes its skip connections from the end of `skips`."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
-            if self.attentions is not None:
-                x = self.attentions[i](x, text, attend)
+        for i, skip in enumerate(reversed(skips)):
+            x = self.unit(i, attend, remat)(jnp.concatenate([x, skip], axis=-1), time, text)
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
@@ -177,6 +211,7 @@ class UNet(nnx.Module):
         t: Float[Array, " b"],
         text: Float[Array, "b n e"],
         attend: Attend = attend,
+        remat: Remat = REMAT["none"],
     ) -> Float[Array, "b h w o"]:
         """`z` (scaled by c_in, the image latent beside it), `t` in 0..999, fractions allowed.
 
@@ -186,8 +221,13 @@ class UNet(nnx.Module):
         x = self.conv_in(z)
         skips = [x]
         for block in self.down_blocks:
-            x = block.down(x, time, text, attend, skips)
-        x = self.mid_block(x, time, text, attend)
+            down = remat.level(lambda block, *args: block.down(*args, attend, remat))
+            skips += down(block, skips[-1], time, text)
+        middle = remat.level(lambda block, *args: block(*args, attend))
+        x = middle(self.mid_block, skips[-1], time, text)
         for block in self.up_blocks:
-            x = block.up(x, time, text, attend, skips)
+            n = len(block.resnets)
+            up = remat.level(lambda block, skips, *args: block.up(*args, attend, remat, skips))
+            x = up(block, skips[-n:], x, time, text)
+            skips = skips[:-n]
         return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)

@@ -3,38 +3,121 @@
 
 DIR/checkpoints/STEP holds the items `train` (the state without its EMA), `ema` (the parameters
 that editing needs, restorable alone), `data` (the loader's position) and `config`. A step appears
-under its name when it is complete, so a killed save leaves nothing that would be read.
+under its name when it is complete, its digests among it, so a killed save leaves nothing that would
+be read. A step that no longer is what was written is set aside, to DIR/damaged.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from ip2p_jax import config
+from ip2p_jax import config, digests
 from ip2p_jax.data.manifest import load_manifest
 from ip2p_jax.training import logs
 from ip2p_jax.types import TrainState
 
 CONFIG = "config.json"
+ITEMS = ("train", "ema", "data", "config")
+TEMPORARY = ".orbax-checkpoint-tmp"
+"""What the name of a folder has in it while a step is being written."""
+
 FREE = (
-    *("steps", "mesh.", "checkpoint.", "log."),
-    *("data.path", "data.workers", "data.threads", "data.check_hashes"),
+    *("steps", "mesh.", "checkpoint.", "log.", "watchdog", "heartbeat"),
+    *("data.path", "data.workers", "data.threads", "data.check_hashes", "data.broken"),
+    *("optim.max_skipped", "remat"),
 )
 """Keys a run may change when it goes on: none of them changes what a step computes. Data may move,
 as long as its contents stay."""
 
 
 def open_manager(workdir: str, cfg: config.Checkpoint) -> ocp.CheckpointManager:
-    """Opens DIR/checkpoints; saving goes on in the background while training does."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, create=True)
-    names = ("train", "ema", "data", "config")
-    return ocp.CheckpointManager(directory(workdir), item_names=names, options=options)
+    """Opens DIR/checkpoints; saving goes on in the background while training does.
+
+    What killed saves left is removed. Digests are written by process 0, when all hosts have written
+    their part: they share the folder anyway, and only then is the whole of it known.
+    """
+    root = directory(workdir)
+    clear(root)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=cfg.keep,
+        create=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=lambda: write_digests(root)),
+    )
+    return ocp.CheckpointManager(root, item_names=ITEMS, options=options)
+
+
+def temporaries(root: epath.Path) -> list[epath.Path]:
+    """Steps that are being written, or were when their process was killed.
+
+    A bucket renames nothing: there a step has its name early, and a file that says it is complete.
+    """
+
+    def is_temporary(path: epath.Path) -> bool:
+        unfinished = "://" in str(root) and not (path / "commit_success.txt").exists()
+        return TEMPORARY in path.name or path.name.isdecimal() and unfinished
+
+    return [path for path in root.iterdir() if is_temporary(path)] if root.is_dir() else []
+
+
+def clear(root: epath.Path) -> None:
+    """Removes steps that are not complete."""
+    if logs.writes():
+        for path in temporaries(root):
+            path.rmtree(missing_ok=True)
+
+
+def write_digests(root: epath.Path) -> None:
+    """Writes the digests of the step that is about to be renamed: there is only one."""
+    for path in temporaries(root):
+        digests.write(path)
+
+
+def is_fresh(workdir: str) -> bool:
+    """Whether the run has no checkpoint yet."""
+    root = directory(workdir)
+    return not (root.is_dir() and ocp.utils.checkpoint_steps(root))
+
+
+def newest(workdir: str, say: Callable[[str], None]) -> int:
+    """Returns the newest step that is whole; process 0 finds it and tells the others.
+
+    Newer ones are set aside, and `say` is told what is wrong with them. Raises ValueError where
+    none is whole.
+    """
+    root = directory(workdir)
+    step, fault = -1, "no checkpoint is whole, see what process 0 says"
+    if logs.writes():
+        try:
+            step, faults = digests.newest(root, ITEMS)
+            for damaged, wrong in faults.items():
+                set_aside(root, damaged)
+                say(f"step {damaged} is damaged ({wrong}); it is now in {root.parent / 'damaged'}")
+            if faults:
+                say(f"going on from step {step}")
+        except ValueError as error:
+            fault = str(error)
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step < 0:
+        raise ValueError(fault)
+    return step
+
+
+def set_aside(root: epath.Path, step: int) -> None:
+    """Moves a step to DIR/damaged/STEP, in the place of an earlier one."""
+    place = root.parent / "damaged" / str(step)
+    if place.exists():
+        place.rmtree()
+    place.parent.mkdir(exist_ok=True)
+    (root / str(step)).rename(place)
 
 
 def directory(workdir: str) -> epath.Path:
@@ -59,9 +142,9 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, abstract: TrainState, shardings: Any
+    manager: ocp.CheckpointManager, step: int, abstract: TrainState, shardings: Any
 ) -> tuple[TrainState, dict]:
-    """Returns the state and the loader's position at the newest step.
+    """Returns the state and the loader's position at a step.
 
     `abstract` gives shapes and types; another mesh than the one that saved is fine.
     """
@@ -71,7 +154,7 @@ def restore(
         shardings,
     )
     restored = manager.restore(
-        manager.latest_step(),
+        step,
         args=ocp.args.Composite(
             train=ocp.args.StandardRestore(target._replace(ema=())),
             ema=ocp.args.StandardRestore(target.ema),
@@ -87,12 +170,14 @@ def as_json(cfg: config.Config) -> dict:
 
 
 def record(cfg: config.Config) -> dict:
-    """What DIR/config.json holds: `cfg`, and a digest of its data, which may move.
+    """What DIR/config.json holds: `cfg`, and digests of its data; that at `data.path` may move.
 
-    Raises ValueError or FileNotFoundError if `cfg.data.path` is no data folder.
+    Raises ValueError or FileNotFoundError if one of them is no data folder.
     """
-    tree, shards = as_json(cfg), load_manifest(Path(cfg.data.path))
-    tree["data"]["contents"] = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    shards = [load_manifest(Path(folder)) for folder in config.folders(cfg.data)]
+    digests = [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in shards]
+    tree = as_json(cfg)
+    tree["data"]["contents"] = " ".join(digests)
     return tree
 
 

@@ -71,15 +71,17 @@ def put_whole(mesh: jax.sharding.Mesh, tree: Any, dtype: DTypeLike = jnp.float32
     return jax.tree.map(place, tree)
 
 
-def rows_in_place(mesh: jax.sharding.Mesh, rows: int) -> Int[np.ndarray, " b"]:
+def rows_in_place(mesh: jax.sharding.Mesh, rows: int, accumulate: int = 1) -> Int[np.ndarray, " b"]:
     """Returns which row of the global batch lies at each place of the batch on the devices.
 
     Each host reads consecutive rows, but a mesh may arrange the devices of hosts in any order.
-    Raises ValueError for a batch that cannot be split over the devices.
+    Raises ValueError for a batch that cannot be split over the devices, and there into `accumulate`
+    micro-batches.
     """
-    if rows % mesh.size:
+    if rows % (mesh.size * accumulate):
         raise ValueError(
-            f"config.data.batch_size is {rows}, expected a multiple of the {mesh.size} devices"
+            f"config.data.batch_size is {rows}, expected a multiple of {mesh.size * accumulate}: "
+            f"{mesh.size} devices x config.optim.accumulate={accumulate}"
         )
     return in_place([device.process_index for device in mesh.devices.flat], rows)
 

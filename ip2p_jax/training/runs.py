@@ -14,20 +14,33 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Key
+from transformers import CLIPTokenizer
 
-from ip2p_jax import config
+from ip2p_jax import checks, config
+from ip2p_jax.data.latents import check_encoder, check_settings, made_with
+from ip2p_jax.data.loader import CAPTIONS, LATENTS, PAIRS, Kind, Loader, make_loader
+from ip2p_jax.data.pairs import PairSource
 from ip2p_jax.data.tokens import tokenize
+from ip2p_jax.data.transforms import captions_of
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, from_diffusers
-from ip2p_jax.models.presets import ModelConfig
+from ip2p_jax.models.presets import ModelConfig, TextConfig
 from ip2p_jax.training import logs
+from ip2p_jax.training.lora import low_rank
 from ip2p_jax.training.state import Start, run_keys
-from ip2p_jax.training.tasks import Task, edit_task, given, latent_std, scratch, vae_task
+from ip2p_jax.training.tasks.clip import clip_task
+from ip2p_jax.training.tasks.edit import edit_task
+from ip2p_jax.training.tasks.generate import generate_task
+from ip2p_jax.training.tasks.task import Task, given, scratch
+from ip2p_jax.training.tasks.vae import latent_std, vae_task
 from ip2p_jax.types import Batch, Params
 from ip2p_jax.weights import configs
+from ip2p_jax.weights.clip import PretrainedClip
+from ip2p_jax.weights.digest import encoder_digest
 from ip2p_jax.weights.hub import ASSETS, copy_tree, fetch
 from ip2p_jax.weights.load import (
     PARTS,
     V_PREDICTION,
+    ZERO_TERMINAL_SNR,
     Pretrained,
     abstract_part,
     check_fit,
@@ -37,19 +50,26 @@ from ip2p_jax.weights.load import (
     open_tokenizer,
 )
 from ip2p_jax.weights.names import Names
-from ip2p_jax.weights.save import save_diffusers
+from ip2p_jax.weights.save import save_clip, save_diffusers
 from ip2p_jax.weights.widen import widen
 
 MEASURED = 64
 """Batches over which the standard deviation of a new VAE's latents is measured."""
 
+LOOKED_AT = 100
+"""Pairs whose captions are looked at before training: data sets mostly have all or none."""
+
 
 class Run(NamedTuple):
-    """What to train, the tokenizer of its data, and what is left to do after the last step."""
+    """What to train, how its batches are opened, and what is left to do after the last step."""
 
     task: Task
-    tokenizer: Any
-    finish: Callable[[Params, Iterator[Batch]], None]  # takes the EMA and batches on devices
+    load: Callable[..., Loader]  # `make_loader` of what the task takes
+    finish: Callable[[Params, Iterator[Any]], None]  # takes the EMA and batches on devices
+
+
+def no_more(ema: Params, batches: Iterator[Any]) -> None:
+    """Nothing is left to do."""
 
 
 def compute_type(cfg: config.Config) -> Any:
@@ -60,29 +80,89 @@ def compute_type(cfg: config.Config) -> Any:
 
 def prepare(cfg: config.Config, workdir: str, fresh: bool) -> Run:
     """Builds the run of `cfg`; what is frozen is read from its source once, then from DIR/base."""
-    prepare_kind = {"edit": prepare_edit, "vae": prepare_vae}[cfg.objective.kind]
+    prepare_kind = {
+        "edit": prepare_edit,
+        "generate": prepare_generate,
+        "vae": prepare_vae,
+        "clip": prepare_clip,
+    }[cfg.objective.kind]
     return prepare_kind(cfg, workdir, fresh)
 
 
 def prepare_edit(cfg: config.Config, workdir: str, fresh: bool) -> Run:
-    """InstructPix2Pix, from a pretrained model or from scratch. A fresh run writes DIR/base."""
-    trained = ("unet", "text") if cfg.model.train_text else ("unet",)
-    p = open_sources(cfg.model) if fresh else load_base(base_folder(workdir), trained)
+    """InstructPix2Pix, from a pretrained model or from scratch, on pictures or their latents."""
+    made = {folder: made_with(folder) for folder in config.folders(cfg.data)}
+    cached = any(made.values())
+    if cached:
+        check_settings(made, cfg.data)
+    build = functools.partial(edit_task, cached=cached)
+    task, tokenizer = diffusion_task(cfg, workdir, fresh, as_editor, build)
+    if cached:
+        check_encoder(made, encoder_digest(task.frozen["vae"]))
+    return Run(task, batches_of(LATENTS if cached else PAIRS, tokenizer), no_more)
+
+
+def prepare_generate(cfg: config.Config, workdir: str, fresh: bool) -> Run:
+    """Text-to-image, likewise."""
+    check_captions(cfg.data)
+    task, tokenizer = diffusion_task(cfg, workdir, fresh, as_generator, generate_task)
+    return Run(task, batches_of(CAPTIONS, tokenizer), no_more)
+
+
+def batches_of(kind: Kind, tokenizer: CLIPTokenizer) -> Callable[..., Loader]:
+    """`make_loader` for batches of this kind."""
+    return functools.partial(make_loader, tokenizer=tokenizer, kind=kind)
+
+
+def diffusion_task(
+    cfg: config.Config,
+    workdir: str,
+    fresh: bool,
+    shape: Callable[[Pretrained], Pretrained],
+    build: Callable[..., Task],
+) -> tuple[Task, Any]:
+    """A task on the latents of a frozen VAE, and its tokenizer. A fresh run writes DIR/base, from
+    which the run goes on; `shape` gives what is opened the input channels of the task."""
+    trained, key = trained_parts(cfg), run_keys(cfg.seed)[0]
+    p = shape(open_sources(cfg.model)) if fresh else load_base(base_folder(workdir), trained)
     check_resolution(cfg, p.config.multiple)
     frozen = {part: params for part, params in p.params.items() if part not in trained}
     if fresh:
-        write_base(workdir, dataclasses.replace(p, params=frozen))
-    task = edit_task(
+        base = dataclasses.replace(p, params=frozen)
+        write_base(workdir, functools.partial(save_diffusers, base))
+    task = build(
         p.config,
-        start_of(p, trained, fresh, run_keys(cfg.seed)[0]),
+        start_of(p, trained, fresh, key),
         frozen,
         tokenize(p.tokenizer, [""])[0],
         schedule=STABLE_DIFFUSION if p.scheduler is None else from_diffusers(p.scheduler),
-        drop_rate=cfg.objective.drop_rate,
+        objective=cfg.objective,
         sample_steps=cfg.log.sample_steps,
         dtype=compute_type(cfg),
+        remat=cfg.remat,
     )
-    return Run(task, p.tokenizer, lambda ema, batches: None)
+    return low_rank(task, cfg.lora, key) if cfg.lora.rank else task, p.tokenizer
+
+
+def as_editor(p: Pretrained) -> Pretrained:
+    """`p` with input channels for the image latent."""
+    return widen(p) if "unet" in p.params else dataclasses.replace(p, config=p.config.widened())
+
+
+def as_generator(p: Pretrained) -> Pretrained:
+    """`p`, which is refused if it edits pictures."""
+    try:
+        checks.generates(p.config)
+    except ValueError as error:
+        raise ValueError(f"config.model.base: {error}") from None
+    return p
+
+
+def trained_parts(cfg: config.Config) -> tuple[str, ...]:
+    """The parts that are trained whole: none where a LoRA is."""
+    if cfg.lora.rank:
+        return ()
+    return ("unet", "text") if cfg.model.train_text else ("unet",)
 
 
 def check_resolution(cfg: config.Config, multiple: int) -> None:
@@ -98,13 +178,13 @@ def start_of(p: Pretrained, trained: Sequence[str], fresh: bool, key: Key[Array,
     """Where the trained parts start; a run that goes on needs only their shapes."""
     if not fresh:
         return given({part: abstract_part(part, getattr(p.config, part)) for part in trained})
-    if trained[0] in p.params:
+    if all(part in p.params for part in trained):
         return given({part: p.params[part] for part in trained})
     return scratch(key, **{n: (PARTS[n].network, getattr(p.config, n)) for n in trained})
 
 
 def open_sources(model: config.Model) -> Pretrained:
-    """Opens what `model` names, as an editing model; a start from scratch has only its VAE."""
+    """Opens what `model` names; a start from scratch has only its VAE."""
     p = load(model.base) if model.base else from_dims(model)
     if model.vae:
         sizes, vae = load_vae(model.vae)
@@ -113,14 +193,18 @@ def open_sources(model: config.Model) -> Pretrained:
         check_fit(sizes, f"config.model.vae={model.vae}")
     if model.tokenizer:
         p = dataclasses.replace(p, tokenizer=open_tokenizer(Path(model.tokenizer)))
-    if len(p.tokenizer) > p.config.text.vocab_size:
-        raise ValueError(
-            f"config.model.tokenizer={model.tokenizer} has {len(p.tokenizer)} entries, the text "
-            f"tower {p.config.text.vocab_size}"
-        )
+    check_vocabulary(model, p.tokenizer, p.config.text)
     p.tokenizer.model_max_length = p.config.text.positions
-    p = dataclasses.replace(p, scheduler=own_scheduler(p.scheduler), safety=None)
-    return widen(p) if model.base else dataclasses.replace(p, config=p.config.widened())
+    return dataclasses.replace(p, scheduler=own_scheduler(p.scheduler), safety=None)
+
+
+def check_vocabulary(model: config.Model, tokenizer: CLIPTokenizer, sizes: TextConfig) -> None:
+    """Raises ValueError where the tokenizer has more entries than the text tower."""
+    if len(tokenizer) > sizes.vocab_size:
+        raise ValueError(
+            f"config.model.tokenizer={model.tokenizer} has {len(tokenizer)} entries, the text "
+            f"tower {sizes.vocab_size}"
+        )
 
 
 def from_dims(model: config.Model) -> Pretrained:
@@ -131,15 +215,20 @@ def from_dims(model: config.Model) -> Pretrained:
             "config.model.tokenizer and config.model.train_text=True"
         )
     tokenizer = open_tokenizer(Path(model.tokenizer))
-    text = dataclasses.replace(
-        model.dims.text,
+    scheduler = V_PREDICTION if model.prediction == "v_prediction" else None
+    scheduler = ZERO_TERMINAL_SNR if model.zero_terminal_snr else scheduler
+    sizes = dataclasses.replace(model.dims, text=text_for(tokenizer, model.dims.text))
+    return Pretrained(sizes, {}, tokenizer, scheduler, Names())
+
+
+def text_for(tokenizer: CLIPTokenizer, sizes: TextConfig) -> TextConfig:
+    """A text tower of these sizes that knows the special tokens of `tokenizer`."""
+    return dataclasses.replace(
+        sizes,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    scheduler = V_PREDICTION if model.prediction == "v_prediction" else None
-    sizes = dataclasses.replace(model.dims, text=text)
-    return Pretrained(sizes, {}, tokenizer, scheduler, Names())
 
 
 def own_scheduler(scheduler: dict | None) -> dict | None:
@@ -156,16 +245,16 @@ def base_folder(workdir: str) -> Path:
     return fetch(epath.Path(workdir)) if "://" in workdir else Path(workdir) / "base"
 
 
-def write_base(workdir: str, p: Pretrained) -> None:
-    """Writes DIR/base, a diffusers folder; what a run left there before its first step goes."""
+def write_base(workdir: str, save: Callable[[Path], None]) -> None:
+    """Writes DIR/base with `save`; what a run left there before its first step goes."""
     if not logs.writes():
         return
     if "://" not in workdir:
         shutil.rmtree(base_folder(workdir), ignore_errors=True)
-        save_diffusers(p, base_folder(workdir))
+        save(base_folder(workdir))
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_diffusers(p, Path(folder) / "base")
+        save(Path(folder) / "base")
         copy_tree(epath.Path(folder) / "base", epath.Path(workdir) / "base")
 
 
@@ -180,13 +269,35 @@ def prepare_vae(cfg: config.Config, workdir: str, fresh: bool) -> Run:
         key=run_keys(cfg.seed)[0],
     )
     finish = functools.partial(write_vae_config, workdir, sizes)
-    return Run(task, open_tokenizer(ASSETS / "clip_tokenizer"), finish)
+    return Run(task, batches_of(PAIRS, open_tokenizer(ASSETS / "clip_tokenizer")), finish)
+
+
+def prepare_clip(cfg: config.Config, workdir: str, fresh: bool) -> Run:
+    """A CLIP from scratch. A fresh run writes DIR/base, a CLIP's folder without weights."""
+    check_captions(cfg.data)
+    tokenizer, sizes = open_tokenizer(Path(cfg.model.tokenizer)), cfg.model.clip
+    sizes = dataclasses.replace(sizes, text=text_for(tokenizer, sizes.text))
+    check_vocabulary(cfg.model, tokenizer, sizes.text)
+    tokenizer.model_max_length = sizes.text.positions
+    if fresh:
+        p = PretrainedClip(sizes, {}, tokenizer)
+        write_base(workdir, functools.partial(save_clip, p))
+    task = clip_task(sizes, dtype=compute_type(cfg), key=run_keys(cfg.seed)[0])
+    return Run(task, batches_of(CAPTIONS, tokenizer), no_more)
+
+
+def check_captions(cfg: config.Data) -> None:
+    """Looks at pairs all over the data; ValueError names the first that lacks a caption."""
+    for folder in config.folders(cfg):
+        source = PairSource(folder, cfg.split)
+        for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=int)):
+            captions_of(source[int(i)])
 
 
 def write_vae_config(
     workdir: str, sizes: ModelConfig, ema: Params, batches: Iterator[Batch]
 ) -> None:
     """Writes DIR/base/vae/config.json, with the scaling factor that makes latents of variance 1."""
-    std = latent_std(sizes, ema["vae"], [next(batches) for _ in range(MEASURED)])
+    std = latent_std(sizes, ema["vae"], batches, MEASURED)
     cfg = dataclasses.replace(sizes.vae, scaling_factor=round(1 / std, 5))
     logs.write_json(epath.Path(workdir) / "base/vae/config.json", configs.vae_to_json(cfg))

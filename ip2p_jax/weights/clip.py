@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a CLIP: transformers' folder or hub id, or a file in the names of OpenAI's code.
+"""Opens a CLIP: transformers' folder or hub id, a file in the names of OpenAI's code, or a run.
 
 OpenAI's files state no dimensions: they are read off the tensors' shapes, and what shapes do not
 show is OpenAI's (heads of width 64, quick GELU, the end token is the highest id). Files of others
@@ -14,6 +14,7 @@ from math import isqrt
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from transformers import CLIPTokenizer
 
 from ip2p_jax.models.clip import CLIP
@@ -28,12 +29,13 @@ from ip2p_jax.weights.load import (
     read_json,
     read_tensors,
     read_weights,
+    restore_ema,
 )
 from ip2p_jax.weights.names import CLIP_VISION, openai_clip_table, rename
-from ip2p_jax.weights.port import from_torch
+from ip2p_jax.weights.port import from_torch, to_torch
 
 NOT_WEIGHTS = re.compile(
-    r"logit_scale|(.*\.)?position_ids|input_resolution|context_length|vocab_size|(.*\.)?attn_mask"
+    r"(.*\.)?position_ids|input_resolution|context_length|vocab_size|(.*\.)?attn_mask"
 )
 TRANSPOSED = ("text_projection", "visual.proj")  # OpenAI's (in, out)
 
@@ -48,9 +50,9 @@ class PretrainedClip:
 
 
 def load_clip(model: str, revision: str | None = None) -> PretrainedClip:
-    """Opens `model`: a folder of transformers' `CLIPModel`, a hub id of one, or a file in OpenAI's
-    names: `.safetensors`, a pickled state dict, or one of the TorchScript archives that OpenAI
-    released (`ViT-L-14.pt`), whose code is not run.
+    """Opens `model`: a folder of transformers' `CLIPModel`, a hub id of one, a run directory of
+    ours that trained one, or a file in OpenAI's names: `.safetensors`, a pickled state dict, or one
+    of the TorchScript archives that OpenAI released (`ViT-L-14.pt`), whose code is not run.
 
     revision: branch, tag or commit of a hub id.
 
@@ -58,20 +60,40 @@ def load_clip(model: str, revision: str | None = None) -> PretrainedClip:
       FileNotFoundError, ValueError: one line that names the file or tensor and what was expected.
     """
     path = hub.locate_clip(model, revision)
-    return load_folder(path) if path.is_dir() else load_openai(path)
+    if path.is_file():
+        return load_openai(path)
+    if (path / "base").is_dir():
+        return load_clip_run(path)
+    return load_folder(path)
 
 
 def load_folder(path: Path) -> PretrainedClip:
-    """Opens a folder of transformers; without a tokenizer in it, CLIP's own is taken."""
-    file = path / "config.json"
-    config = configs.clip_from_json(read_json(file), str(file))
+    """Opens a folder of transformers."""
+    config, tokenizer = read_clip_config(path)
     tensors, source = read_folder(path)
-    has_tokenizer = any((path / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    tokenizer = open_tokenizer(path) if has_tokenizer else ldm_tokenizer(config.text, None, source)
-    check_tokenizer(tokenizer, config.text, str(path))
     _, params = abstract(CLIP, config)
     params = from_torch(params, weights(tensors), source, lambda name: rename(name, CLIP_VISION))
     return PretrainedClip(config, params, tokenizer)
+
+
+def load_clip_run(run: Path) -> PretrainedClip:
+    """Opens a run directory of ours: the EMA of its newest step, and what base/ says of it."""
+    ema = restore_ema(epath.Path(run))
+    if "clip" not in ema:
+        raise ValueError(f"{run}: not a run that trained a CLIP, but {', '.join(ema)}")
+    config, tokenizer = read_clip_config(run / "base")
+    params = from_torch(abstract(CLIP, config)[1], to_torch(ema["clip"]), f"{run}: EMA of the clip")
+    return PretrainedClip(config, params, tokenizer)
+
+
+def read_clip_config(path: Path) -> tuple[CLIPConfig, CLIPTokenizer]:
+    """Dimensions and tokenizer of a folder; without a tokenizer in it, CLIP's own is taken."""
+    file = path / "config.json"
+    config = configs.clip_from_json(read_json(file), str(file))
+    has_tokenizer = any((path / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    own = open_tokenizer(path) if has_tokenizer else ldm_tokenizer(config.text, None, str(path))
+    check_tokenizer(own, config.text, str(path))
+    return config, own
 
 
 def read_folder(path: Path) -> tuple[dict[str, np.ndarray], str]:

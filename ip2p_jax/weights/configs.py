@@ -328,6 +328,26 @@ def vision_from_json(config: Json, source: str) -> VisionConfig:
     )
 
 
+def vision_to_json(cfg: VisionConfig) -> Json:
+    """Writes transformers' configuration of this vision tower."""
+    return {
+        "attention_dropout": 0.0,
+        "hidden_act": cfg.activation,
+        "hidden_size": cfg.width,
+        "image_size": cfg.image_size,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": cfg.mlp_width,
+        "layer_norm_eps": 1e-5,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": cfg.heads,
+        "num_channels": 3,
+        "num_hidden_layers": cfg.layers,
+        "patch_size": cfg.patch_size,
+        "projection_dim": cfg.projection_dim,
+    }
+
+
 def clip_from_json(config: Json, source: str) -> CLIPConfig:
     """Reads transformers' `CLIPConfig`, both towers; raises as `vision_from_json`.
 
@@ -336,3 +356,16 @@ def clip_from_json(config: Json, source: str) -> CLIPConfig:
     read(config, source, {}, {"model_type": "clip"})
     text = config.get("text_config_dict") or config.get("text_config") or {}
     return CLIPConfig(text_from_json(text, source), vision_from_json(config, source))
+
+
+def clip_to_json(cfg: CLIPConfig) -> Json:
+    """Writes transformers' configuration of both towers."""
+    space = {"projection_dim": cfg.vision.projection_dim}
+    return {
+        "architectures": ["CLIPModel"],
+        "initializer_factor": 1.0,
+        "logit_scale_init_value": 2.6592,
+        "model_type": "clip",
+        "text_config": text_to_json(cfg.text) | space,
+        "vision_config": vision_to_json(cfg.vision),
+    } | space

@@ -7,7 +7,8 @@ memory of what is converted.
 
 import functools
 import json
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from transformers import CLIPTokenizer
 
+from ip2p_jax import digests
 from ip2p_jax.models.clip import CLIPText
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import ModelConfig, TextConfig, VAEConfig
@@ -26,6 +28,7 @@ from ip2p_jax.models.vae import VAE
 from ip2p_jax.types import Params
 from ip2p_jax.weights import ckpt, configs, ldm, tensor_file
 from ip2p_jax.weights.hub import ASSETS, WEIGHTS, file_names, locate, patterns, vae_patterns
+from ip2p_jax.weights.lora import Adapter, add
 from ip2p_jax.weights.names import POSITION_IDS, Names, detect, diffusers_spelling
 from ip2p_jax.weights.port import fault, from_torch, to_torch
 
@@ -46,6 +49,16 @@ EPSILON = {
 
 V_PREDICTION = {**EPSILON, "prediction_type": "v_prediction"}
 """What an LDM file of SD 2 needs: SD 2 predicts v."""
+
+ZERO_TERMINAL_SNR = {
+    **V_PREDICTION,
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": False,
+    "timestep_spacing": "trailing",
+}
+"""What a model needs whose noise has no signal left in the end (Lin et al. 2024)."""
 
 
 class Part(NamedTuple):
@@ -83,17 +96,22 @@ def load(
     variant: str | None = None,
     safety: bool = False,
     vae: str | None = None,
+    lora: Sequence[str] = (),
 ) -> Pretrained:
     """Opens `model`: a hub id, a diffusers folder, one `.safetensors` or `.ckpt` in LDM naming, a
     run directory of ours, or the name of an embedded model.
 
     revision: branch, tag or commit of a hub id. variant: of a folder's or hub id's files, e.g.
     "fp16". safety: whether the safety checker of a hub id is wanted too (1.2 GB). vae: what
-    `load_vae` takes; its VAE takes the place of the model's own.
+    `load_vae` takes; its VAE takes the place of the model's own. lora: adapters to merge, each as
+    FILE or FILE:SCALE (`lora.add`).
 
     Raises:
       FileNotFoundError, ValueError: one line that names the file or tensor and what was expected.
     """
+    if lora:
+        p = load(model, revision=revision, variant=variant, safety=safety, vae=vae)
+        return replace(p, params=functools.reduce(add, lora, p.params))
     if vae is not None:
         return with_vae(load(model, revision=revision, variant=variant, safety=safety), vae)
     path = locate(model, revision, patterns(variant, safety))
@@ -109,6 +127,7 @@ def load(
 def load_run(run: epath.Path, base: Path) -> Pretrained:
     """Opens a run directory of ours: what `base` holds, and the EMA of what was trained."""
     ema = restore_ema(run)
+    pairs = ema.pop("lora", None)
     p = load_base(base, tuple(ema))
     params = {
         part: from_torch(
@@ -116,7 +135,22 @@ def load_run(run: epath.Path, base: Path) -> Pretrained:
         )
         for part, x in ema.items()
     }
+    if pairs is not None:
+        params["unet"] = read_adapter(run, pairs).on(p.params["unet"], f"{run}: EMA of the LoRA")
     return replace(p, params=p.params | params)
+
+
+def load_adapter(model: str) -> Adapter:
+    """The LoRA that a run directory trained: the EMA of its latest step. Raises as `load`."""
+    ema = restore_ema(epath.Path(model))
+    if "lora" not in ema:
+        raise ValueError(f"{model}: expected a run that trained a LoRA (config.lora.rank)")
+    return read_adapter(epath.Path(model), ema["lora"])
+
+
+def read_adapter(run: epath.Path, pairs: Params) -> Adapter:
+    """These pairs of a run, with the alpha that its configuration states."""
+    return Adapter(to_torch(pairs), json.loads((run / "config.json").read_text())["lora"]["alpha"])
 
 
 def load_base(base: Path, trained: Collection[str]) -> Pretrained:
@@ -360,16 +394,16 @@ def ldm_tokenizer(cfg: TextConfig, own: dict | None, source: str) -> CLIPTokeniz
 
 
 def restore_ema(run: epath.Path) -> dict[str, Params]:
-    """Restores the EMA of a run's latest committed step, as numpy arrays on any machine.
+    """Restores the EMA of a run's newest step that is whole, as numpy arrays on any machine.
 
     List indices come back as strings; `to_torch` and `from_torch` put that right and check shapes.
     """
     root = run / "checkpoints"
     root = root if "://" in str(root) else epath.Path(Path(str(root)).absolute())
-    steps = ocp.utils.checkpoint_steps(root) if root.is_dir() else []
-    if not steps:
-        raise FileNotFoundError(f"{run}: no checkpoint under {root}")
-    item = root / str(max(steps)) / "ema"
+    step, faults = digests.newest(root, ["ema"])
+    for damaged, why in faults.items():
+        print(f"{run}: step {damaged} is damaged ({why}), not used", file=sys.stderr)
+    item = root / str(step) / "ema"
     handler = ocp.StandardCheckpointHandler()  # a checkpointer would look for a step's metadata
     stored = handler.metadata(item).tree
     target = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), stored)

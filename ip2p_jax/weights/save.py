@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model as a diffusers folder or as an LDM single file; whole, or not at all."""
+"""Writes a model as a diffusers folder or an LDM single file, a CLIP as transformers' folder.
+
+Whole, or not at all.
+"""
 
 import json
 import shutil
@@ -9,13 +12,16 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from transformers import CLIPTokenizer
 
 from ip2p_jax.data.files import atomic_folder
+from ip2p_jax.models.clip import MEAN, STD
 from ip2p_jax.models.presets import TextConfig
-from ip2p_jax.weights import ldm, tensor_file
+from ip2p_jax.weights import configs, ldm, tensor_file
+from ip2p_jax.weights.clip import PretrainedClip
 from ip2p_jax.weights.hub import WEIGHTS, file_names
 from ip2p_jax.weights.load import EPSILON, LDM_METADATA, PARTS, Pretrained
-from ip2p_jax.weights.names import buffers, diffusers_spelling
+from ip2p_jax.weights.names import CLIP_VISION, buffers, diffusers_spelling, rename
 from ip2p_jax.weights.port import leaves, to_torch
 
 Progress = Callable[[int], object]
@@ -50,8 +56,7 @@ def save_diffusers(
                 tensors |= buffers(name, sizes, p.names)
                 file = part / folder / file_names(WEIGHTS[folder], None)[0]
                 tensor_file.write(file, tensors, jnp.dtype(dtype), {}, progress)
-        p.tokenizer.save_pretrained(part / "tokenizer")  # tokenizer.json, as today's libraries
-        p.tokenizer.backend_tokenizer.model.save(str(part / "tokenizer"))  # and as released
+        save_tokenizer(p.tokenizer, part / "tokenizer")
         scheduler = p.scheduler or EPSILON
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
         if p.safety is not None:
@@ -90,6 +95,47 @@ def save_ldm(
     metadata = {LDM_METADATA: json.dumps(described)}
     path.parent.mkdir(parents=True, exist_ok=True)
     tensor_file.write(path, tensors, jnp.dtype(dtype), metadata, progress)
+
+
+def save_clip(
+    p: PretrainedClip,
+    path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    progress: Progress = lambda count: None,
+) -> None:
+    """Writes a folder that transformers' `CLIPModel` and `CLIPProcessor` open.
+
+    Without parameters in `p` there are no weights in it. Raises as `save_diffusers`.
+    """
+    with atomic_folder(path) as part:
+        write_json(part / "config.json", configs.clip_to_json(p.config))
+        write_json(part / "preprocessor_config.json", preprocessor(p.config.vision.image_size))
+        save_tokenizer(p.tokenizer, part)
+        if p.params:
+            tensors = to_torch(p.params, lambda name: rename(name, CLIP_VISION))
+            tensor_file.write(part / "model.safetensors", tensors, jnp.dtype(dtype), {}, progress)
+
+
+def preprocessor(size: int) -> dict:
+    """How transformers prepares pictures for a CLIP: shorter side to `size`, cut to a square."""
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": MEAN,
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": STD,
+        "resample": 3,  # bicubic
+        "size": {"shortest_edge": size},
+    }
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, path: Path) -> None:
+    """Writes a tokenizer as today's libraries do (tokenizer.json), and as it was released."""
+    tokenizer.save_pretrained(path)
+    tokenizer.backend_tokenizer.model.save(str(path))
 
 
 def own_vocabulary(p: Pretrained) -> dict | None:

@@ -32,11 +32,12 @@ def encode(pixels: np.ndarray, format: str = "JPEG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def write_released(folder: Path, prompts: int, pairs: int = 4) -> Path:
-    """Writes `prompts` prompts; the output of a pair is the negative of its input."""
+def write_released(folder: Path, prompts: int, pairs: int = 4, first: int = 0) -> Path:
+    """Writes `prompts` prompts, numbered from `first`; the output of a pair is the negative of its
+    input."""
     folder.mkdir(parents=True)
     listed = []
-    for i in range(prompts):
+    for i in range(first, first + prompts):
         name, seeds = f"{i:07d}", [f"{1000 + 10 * i + j}" for j in range(pairs)]
         (folder / name).mkdir()
         texts = {"input": f"scene {i}", "edit": f"invert {i}", "output": f"negative {i}"}

@@ -13,7 +13,8 @@ import pytest
 from scipy.stats import chisquare
 
 from ip2p_jax.config import Data
-from ip2p_jax.data.loader import make_loader
+from ip2p_jax.data.loader import CAPTIONS, make_loader
+from ip2p_jax.types import CaptionedBatch
 from tests.data.released import Words, identify
 
 
@@ -48,6 +49,31 @@ def test_batches_match_their_texts(straight):
         assert batch.tokens.shape == (12, 4)
         prompts = [identify(x)[0] for x in batch.input]
         assert batch.tokens[:, 0].tolist() == prompts
+
+
+class Captions(Words):
+    """Its token is the prompt's number, and 1000 more in the caption of an output."""
+
+    def __call__(self, texts, **options):
+        kinds = {"scene": 0, "negative": 1000}
+        words = [text.split() for text in texts]
+        return super().__call__([f"x {kinds[kind] + int(n)}" for kind, n in words], **options)
+
+
+def test_pictures_with_their_own_captions(packed):
+    """Either of a pair's as often. Red is twice the prompt's number, inverted in outputs."""
+    cfg = Data(path=str(packed), batch_size=12, resolution=16, threads=0)
+    batches = take(make_loader(cfg, Captions(), CAPTIONS, seed=7), 30)
+    outputs = 0
+    for batch in batches:
+        assert type(batch) is CaptionedBatch and batch.image.shape == (12, 16, 16, 3)
+        red = batch.image[..., 0].reshape(12, -1).mean(1)
+        outputs += (inverted := red > 127).sum()
+        prompts = np.where(inverted, 255 - red, red) / 2
+        said = batch.tokens[:, 0].astype(int)
+        np.testing.assert_array_equal(np.round(prompts), said % 1000)
+        np.testing.assert_array_equal(inverted, said >= 1000)
+    assert abs(outputs - 180) < 4 * 360**0.5 / 2
 
 
 def test_every_epoch_has_each_prompt_once_in_a_new_order(straight):

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ip2p_jax.diffusion import grids
-from ip2p_jax.diffusion.denoise import denoiser, guide_edit, guide_text
+from ip2p_jax.diffusion.denoise import denoiser, guide_edit, guide_text, rescaled
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.types import Conditioning
 
@@ -125,6 +127,43 @@ def test_text_guidance():
     close(guided, none + scale[:, None, None, None] * (text - none))
     close(guided[1], text[1])
     close(guided[2], none[2])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prediction", SCHEDULES)
+def test_rescaled_guidance_is_diffusers(prediction):
+    """On the network's outputs, by that of image and text; a share of 0 changes no bit."""
+    schedule, share = SCHEDULES[prediction], jnp.asarray([0.7, 0.0, 1.0])
+    s_t, s_i = jnp.asarray([7.5, 7.5, 3.0]), jnp.asarray([1.5, 1.5, 1.0])
+    none, image, both = raw(NULL, jnp.zeros_like(IMAGE)), raw(NULL, IMAGE), raw(TEXT, IMAGE)
+    guided = none + s_i[:, None, None, None] * (image - none)
+    guided = guided + s_t[:, None, None, None] * (both - image)
+
+    def theirs(conditional) -> jax.Array:
+        def nchw(x):
+            return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+
+        rows = [
+            rescale_noise_cfg(nchw(guided[i : i + 1]), nchw(conditional[i : i + 1]), float(phi))
+            for i, phi in enumerate(share)
+        ]
+        output = jnp.asarray(torch.cat(rows).permute(0, 2, 3, 1).numpy())
+        return denoiser(lambda z, t, text: output, schedule)(Z, SIGMA, COND)
+
+    denoise = denoiser(network, schedule)
+    ours = guide_edit(denoise, COND, NULL, s_t, s_i, rescaled(schedule, share))(Z, SIGMA)
+    plain = guide_edit(denoise, COND, NULL, s_t, s_i)(Z, SIGMA)
+    # diffusers' spread is that of n - 1 values, which leaves their ratio as it is
+    close(ours, theirs(both))
+    np.testing.assert_array_equal(ours[1], plain[1])
+    for wrong in (theirs(image), plain):  # controls
+        assert np.abs(ours - wrong)[np.array([0, 2])].max() > 1e-2
+
+    cond = Conditioning(text=TEXT, image=jnp.zeros((B, H, W, 0)))
+    text, null = (denoise(Z, SIGMA, cond._replace(text=x)) for x in (TEXT, NULL))
+    scaled = rescaled(schedule, share)
+    want = scaled(Z, SIGMA, null + s_t[:, None, None, None] * (text - null), text)
+    close(guide_text(denoise, cond, NULL, s_t, scaled)(Z, SIGMA), want)
 
 
 def test_branches_share_one_trace_of_the_network():

@@ -17,6 +17,7 @@ from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.diffusion.schedule import from_diffusers
 from ip2p_jax.types import Conditioning
+from ip2p_jax.weights import load
 
 pytestmark = [
     pytest.mark.parity,
@@ -131,6 +132,16 @@ def both(sampler, keys):
 def test_final_latents(sampler, steps, keys, monkeypatch):
     config, scheduler = both(sampler, keys)
     assert error(ours(sampler, steps, config), theirs(scheduler, steps, monkeypatch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_zero_terminal_snr(steps, monkeypatch):
+    """What a run's or an export's scheduler_config.json says, as diffusers opens it."""
+    config = load.ZERO_TERMINAL_SNR
+    expected = theirs(diffusers.DDIMScheduler.from_config(config), steps, monkeypatch)
+    assert error(ours("ddim", steps, config), expected) < TOLERANCE
+    other = {**config, "rescale_betas_zero_snr": False}
+    assert error(ours("ddim", steps, other), expected) > 10 * TOLERANCE  # control
 
 
 @pytest.mark.parametrize("sampler", grids.CLASSES)

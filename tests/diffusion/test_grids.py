@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ip2p_jax.diffusion.grids import CLASSES, grid, sampler_of
-from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
+from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, from_diffusers
+from ip2p_jax.weights.load import ZERO_TERMINAL_SNR
 
 BETA = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 ALPHA_BAR = np.cumprod(1 - BETA)
@@ -142,3 +143,21 @@ def test_unknown_sampler():
 def test_impossible_steps(sampler, steps, keys):
     with pytest.raises(ValueError, match=f"steps: {steps}"):
         grid(sampler, steps, STABLE_DIFFUSION, {"_class_name": CLASSES[sampler], **keys})
+
+
+@pytest.mark.parametrize("sampler", CLASSES)
+def test_pure_noise_is_for_ddim_alone(sampler):
+    """A model with zero terminal SNR, with its own file, with none, with one of another class."""
+    schedule = from_diffusers(ZERO_TERMINAL_SNR)
+    other = {**ZERO_TERMINAL_SNR, "_class_name": "EulerDiscreteScheduler"}
+    for file in (ZERO_TERMINAL_SNR, None, other):
+        if sampler == "ddim":
+            points = grid(sampler, 50, schedule, file)
+            assert points.sigmas[0] == 2**20 and points.start == 2**20
+            close(points.sigmas[1:-1], schedule.sigmas[np.arange(979, 0, -20)])
+        else:
+            with pytest.raises(ValueError, match=f"'{sampler}' with .*expected 'ddim' with 'trai"):
+                grid(sampler, 50, schedule, file)
+    leading = {**ZERO_TERMINAL_SNR, "timestep_spacing": "leading"}
+    with pytest.raises(ValueError, match="'leading', expected 'ddim' with 'trailing'"):
+        grid("ddim", 50, schedule, leading)

@@ -7,12 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
+from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.objective import (
     diffusion_loss,
     drop_conditioning,
+    offset,
     q_sample,
     sample_posterior,
+    snr_weights,
 )
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.types import Conditioning
@@ -100,6 +106,57 @@ def test_loss_is_the_mean_square_of_what_is_missing(schedule):
     np.testing.assert_array_equal(rows.t, t)
     np.testing.assert_array_equal(seen["x"][..., 4:], cond.image)
     assert seen["t"].dtype == loss.dtype == jnp.float32
+
+
+def constant(x, t, text):
+    """A prediction whose error is large at every timestep."""
+    return jnp.full_like(x[..., :4], 2.0)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("schedule", [STABLE_DIFFUSION, V], ids=lambda s: s.prediction)
+def test_min_snr(schedule):
+    """diffusers' signal-to-noise ratio, its weights as the paper has them; on z0 they are
+    min(snr, gamma)."""
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    snr = compute_snr(scheduler, torch.arange(1000)).numpy().astype(np.float64)
+    want = np.minimum(snr, 5.0) / (snr + 1 if schedule is V else snr)
+    np.testing.assert_allclose(snr_weights(schedule, 5.0), want, rtol=1e-4)
+    np.testing.assert_array_equal(snr_weights(schedule, 0.0), np.ones(1000))
+    # an error d of the output is one of d^2 / snr, or d^2 / (snr + 1), in z0
+    to_z0 = 1 / (snr + 1) if schedule is V else 1 / snr
+    np.testing.assert_allclose(want / to_z0, np.minimum(snr, 5.0), rtol=1e-6)
+
+    z0, cond = example(64)
+    plain, rows = diffusion_loss(constant, schedule, keys(64), z0, cond, NULL)
+    loss, same = diffusion_loss(constant, schedule, keys(64), z0, cond, NULL, min_snr_gamma=5.0)
+    np.testing.assert_array_equal(same.loss, rows.loss)
+    np.testing.assert_allclose(loss, np.mean(want[np.asarray(rows.t)] * rows.loss), rtol=1e-4)
+    assert abs(loss / plain - 1) > 0.05  # control
+
+
+def test_offset_noise():
+    """Of mean 0; a channel's variance is 1 + s^2, that of its mean s^2 + 1 / positions; the network
+    has to predict all of it."""
+    strength, n = 0.5, 4000
+    noise = np.asarray(offset(keys(n), (4, 4, 3), strength))
+    means = noise.mean(axis=(1, 2))
+    assert abs(noise.mean()) < 0.02 and abs(noise.var() - 1.25) < 0.03
+    assert abs(means.var() - (0.25 + 1 / 16)) < 0.02
+    assert abs(np.corrcoef(means.T) - np.eye(3)).max() < 0.05  # each channel has its own
+    within = noise - means[:, None, None]
+    assert abs(within.var() - 15 / 16) < 0.01
+    np.testing.assert_array_equal(offset(keys(5), (4, 4, 3), 0.0), unit_noise(keys(5), (4, 4, 3)))
+
+    z0, cond = jnp.zeros((8, 4, 4, 4)), Conditioning(jnp.ones((8, 3, 5)), jnp.zeros((8, 4, 4, 0)))
+    scale = jnp.asarray(np.sqrt(1 - STABLE_DIFFUSION.alpha_bar), jnp.float32)
+
+    def knows(x, t, text):
+        return x / scale[t.astype(int)][:, None, None, None]
+
+    for s in (0.0, strength):
+        loss, _ = diffusion_loss(knows, STABLE_DIFFUSION, keys(8), z0, cond, NULL, offset_noise=s)
+        assert loss < 1e-9
 
 
 def test_timesteps_and_noise_are_distributed_as_they_should():

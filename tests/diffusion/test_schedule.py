@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, from_diffusers
 
@@ -57,6 +59,21 @@ def test_levels_outside_the_table_are_clipped():
     assert STABLE_DIFFUSION.t(jnp.float32(100.0)) == 999.0
 
 
+@pytest.mark.parity
+def test_zero_terminal_snr():
+    """diffusers' numbers, which are float32; the last is nothing. sigma and t are inverses still."""
+    keys = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    schedule = from_diffusers(SD | keys)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
+    want = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0).numpy()
+    assert want[-1] == 0 and 0 < schedule.alpha_bar[-1] < 1e-12
+    np.testing.assert_allclose(schedule.alpha_bar[:-1], want[:-1], rtol=1e-4, atol=1e-8)
+    assert schedule.zero_terminal and not STABLE_DIFFUSION.zero_terminal
+    assert np.abs(schedule.alpha_bar - STABLE_DIFFUSION.alpha_bar).max() > 1e-3  # control
+    t = np.arange(1000.0)
+    np.testing.assert_array_equal(jax.jit(schedule.t)(schedule.sigma(t).astype(np.float32)), t)
+
+
 def test_diffusers_file():
     schedule = from_diffusers({"_class_name": "PNDMScheduler", **SD})
     assert (schedule.prediction, schedule.interpolation) == ("epsilon", "linear")
@@ -71,7 +88,7 @@ def test_diffusers_file():
     "config, named",
     [
         ({**SD, "prediction_type": "sample"}, "prediction_type is 'sample'"),
-        ({**SD, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({**SD, "rescale_betas_zero_snr": True}, "prediction_type is 'epsilon', expected 'v_p"),
         ({**SD, "beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "beta_schedule is missing"),
         ({"beta_schedule": "linear", "beta_start": 0.1}, "beta_end is missing"),

@@ -13,7 +13,7 @@ from ip2p_jax.data.manifest import Shard, save_manifest
 from ip2p_jax.training import checkpoint, mesh
 from ip2p_jax.training.optim import make_optimizer
 from ip2p_jax.training.state import abstract_state, init_state
-from ip2p_jax.training.tasks import given
+from ip2p_jax.training.tasks.task import given
 from tests.training.tiny import grid, toy_params
 
 
@@ -32,7 +32,7 @@ def test_another_mesh_restores_the_same(tmp_path):
     for devices in (grid(1, 1), grid(4, 2)):
         with checkpoint.open_manager(str(tmp_path), Checkpoint(keep=2)) as manager:
             shardings = mesh.state_shardings(devices, shapes)
-            got, position = checkpoint.restore(manager, shapes, shardings)
+            got, position = checkpoint.restore(manager, 3, shapes, shardings)
         assert position == {"batch": 30}
         assert jax.tree.map(lambda x: x.sharding, got) == shardings
         jax.tree.map(np.testing.assert_array_equal, got, state)

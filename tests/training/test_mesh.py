@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims: eight devices compute what one does, however the state is split over them."""
+"""Claims: eight devices compute what one does, however the state is split over them; gradients are
+summed over devices in the type that networks compute in."""
+
+import collections
+import math
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +50,9 @@ def test_rows_follow_their_hosts():
     np.testing.assert_array_equal(mesh.in_place([0, 0, 1, 1], 8), np.arange(8))
     np.testing.assert_array_equal(mesh.in_place([1, 0, 1, 0], 8), [4, 5, 0, 1, 6, 7, 2, 3])
     np.testing.assert_array_equal(mesh.rows_in_place(grid(2, 4), 16), np.arange(16))
-    with pytest.raises(ValueError, match="config.data.batch_size is 12, .* of the 8 devices"):
-        mesh.rows_in_place(grid(2, 4), 12)
+    for rows, accumulate, line in ((12, 1, "of 8: 8 devices"), (24, 2, "of 16: 8 .*late=2")):
+        with pytest.raises(ValueError, match=f"batch_size is {rows}, expected a multiple {line}"):
+            mesh.rows_in_place(grid(2, 4), rows, accumulate)
 
 
 def test_what_is_put_on_devices():
@@ -69,7 +76,7 @@ def run(task, devices, steps: int = 2):
     optim = Optim(lr=1e-2, eps=1e-2, accumulate=1)
     tx = make_optimizer(optim)
     shardings = mesh.state_shardings(devices, abstract_state(task.start, tx))
-    step = make_step(task.loss, tx, optim.ema_decay, mesh.rows_in_place(devices, 8))
+    step = make_step(task.loss, tx, optim, mesh.rows_in_place(devices, 8), devices)
     step = jit_step(step, shardings, mesh.replicated(devices))
     state = init_state(task.start, tx, shardings)
     frozen, losses = mesh.put_whole(devices, task.frozen), []
@@ -109,3 +116,39 @@ def test_devices_agree(task, alone, data, fsdp):
     assert any("fsdp" in spec for spec in split) == (fsdp > 1)
     # control: had the devices other draws, the loss would be another
     assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def summed(task, frozen_type, folder) -> dict[str, int]:
+    """How many values of each type XLA's partitioner has the devices sum, in a step of the task.
+
+    Read before the passes of the CPU, which sums nothing of 16 bits.
+    """
+    devices, optim = grid(1, 8), Optim(accumulate=1)
+    tx = make_optimizer(optim)
+    shapes = abstract_state(task.start, tx)
+    shardings = mesh.state_shardings(devices, shapes)
+    step = make_step(task.loss, tx, optim, np.arange(8), devices)
+    step: Any = jit_step(step, shardings, mesh.replicated(devices))
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    frozen = mesh.put_whole(devices, task.frozen, frozen_type)
+    key = jax.device_put(KEY, mesh.replicated(devices))
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    step.lower(shapes, frozen, mesh.put_batch(devices, batch()), key).compile(options)
+    (program,) = folder.glob("*jit_step*after_spmd-partitioning*")
+    counts = collections.Counter()
+    for result in re.findall(r" = (\S.*?) (?:all-reduce|reduce-scatter)\(", program.read_text()):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            counts[dtype] += math.prod(int(x) for x in shape.split(",") if x)
+    return counts
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_in_the_type_of_the_networks(tmp_path):
+    """bfloat16 halves what devices send each other; gradients of norms, which compute in float32,
+    are the rest."""
+    half = summed(tiny_task(dtype=jnp.bfloat16), jnp.bfloat16, tmp_path / "half")
+    assert half["bf16"] > 50 * half["f32"] > 0
+    single = summed(tiny_task(), jnp.float32, tmp_path / "single")
+    assert single["bf16"] == 0 and single["f32"] > half["bf16"]  # control

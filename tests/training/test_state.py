@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: the editor's loss is the one torch computes from the same draws; one compiled step serves
-a whole run; the step changes what it should."""
+a whole run; the step changes what it should, in four micro-batches as in one; what is not finite
+changes nothing."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,13 +15,22 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from einops import rearrange
 from transformers import CLIPTextModel
 
-from ip2p_jax.config import Checkpoint, Config, Optim
+from ip2p_jax.config import Checkpoint, Config, Objective, Optim
 from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.training import checkpoint, mesh
 from ip2p_jax.training.optim import make_optimizer
-from ip2p_jax.training.state import abstract_state, init_state, jit_step, make_step, row_keys
-from ip2p_jax.training.tasks import edit_task, given
+from ip2p_jax.training.state import (
+    abstract_state,
+    begin,
+    init_state,
+    jit_step,
+    make_step,
+    mean,
+    row_keys,
+)
+from ip2p_jax.training.tasks.edit import edit_task
+from ip2p_jax.training.tasks.task import given
 from ip2p_jax.weights.load import load
 from tests.training.tiny import KEY, batch, grid, put, toy_loss, toy_params
 
@@ -100,11 +111,11 @@ def test_loss_is_the_papers(tiny_ip2p):
         frozen,
         null,
         schedule=STABLE_DIFFUSION,
-        drop_rate=RATE,
+        objective=Objective(drop_rate=RATE),
         sample_steps=2,
         dtype=jnp.float32,
     )
-    keys, pairs = row_keys(KEY, 3, np.arange(ROWS)), batch(ROWS)
+    keys, pairs = row_keys(KEY, np.arange(ROWS)), batch(ROWS)
     params = {"unet": p.params["unet"]}
     got, metrics = jax.jit(task.loss)(params, task.frozen, pairs, keys)
     drawn, oracle = draws(keys), Torch(tiny_ip2p)
@@ -122,7 +133,7 @@ def test_loss_is_the_papers(tiny_ip2p):
         assert np.abs(sums[counts > 0] / wrong - 1).max() > 1e-3, change
 
 
-def toy(devices, optim: Optim, counter: list):
+def toy(devices, optim: Optim, counter: list, rows: int = 8):
     """State, shardings, shapes and compiled step of a toy that counts its traces."""
     tx = make_optimizer(optim)
 
@@ -133,7 +144,7 @@ def toy(devices, optim: Optim, counter: list):
     start = given(toy_params())
     shapes = abstract_state(start, tx)
     shardings = mesh.state_shardings(devices, shapes)
-    step = make_step(loss, tx, optim.ema_decay, np.arange(8))
+    step = make_step(loss, tx, optim, np.arange(rows), devices)
     step = jit_step(step, shardings, mesh.replicated(devices))
     return init_state(start, tx, shardings), shapes, shardings, step
 
@@ -141,19 +152,19 @@ def toy(devices, optim: Optim, counter: list):
 def test_one_trace_serves_the_run_and_what_is_restored(tmp_path):
     """Steps, a checkpoint, restored, more steps: the second half is bit for bit the first run's."""
     devices, traces = grid(2, 4), []
-    state, shapes, shardings, step = toy(devices, Optim(accumulate=2, warmup=3), traces)
+    state, shapes, shardings, step = toy(devices, Optim(accumulate=2, warmup=3), traces, 16)
     frozen, key = put(devices, {"gain": np.float32(2)}), put(devices, KEY)
 
     def steps(state, first, last):
         for i in range(first, last):
-            state, metrics = step(state, frozen, mesh.put_batch(devices, batch(seed=i)), key)
+            state, metrics = step(state, frozen, mesh.put_batch(devices, batch(16, seed=i)), key)
         return state
 
     with checkpoint.open_manager(str(tmp_path), Checkpoint()) as manager:
         state = steps(state, 0, 3)
         checkpoint.save(manager, state, {"batch": 3}, Config())
         want = jax.device_get(steps(state, 3, 6))
-        restored, position = checkpoint.restore(manager, shapes, shardings)
+        restored, position = checkpoint.restore(manager, 3, shapes, shardings)
     assert position == {"batch": 3} and int(restored.step) == 3
     got = jax.device_get(steps(restored, 3, 6))
     assert len(traces) == 1
@@ -170,21 +181,82 @@ def test_state_begins_and_moves():
         jax.tree.map(np.testing.assert_array_equal, x, toy_params())
     frozen = {"gain": np.float32(1)}
     state, metrics = step(state, frozen, batch(), KEY)
-    jax.tree.map(np.testing.assert_array_equal, state.params, begun.params)  # gathering
-    first = jax.device_get(state)
+    changed = jax.tree.map(lambda a, b: bool((a != b).all()), state.params, begun.params)
+    assert all(jax.tree.leaves(changed)) and int(state.step) == 1
     state, again = step(state, frozen, batch(), KEY)
-    changed = jax.tree.map(lambda a, b: bool((a != b).all()), state.params, first.params)
-    assert all(jax.tree.leaves(changed)) and int(state.step) == 2
     own, other = float(metrics["own"][0]), float(again["own"][0])
     assert own != other  # a key of its own for each step
-    assert float(metrics["grad_norm"][0]) > 0 and metrics["loss"][1] == 1
+    assert float(metrics["grad_norm"][0]) > 0 and metrics["loss"][1] == 2  # micro-batches
+    assert int(state.step) == 2 and metrics["skipped"][0] == 0
 
 
 def test_rows_have_keys_of_their_own():
-    def keys(step: int, rows) -> np.ndarray:
-        return np.asarray(jax.random.key_data(row_keys(KEY, step, np.array(rows))))
+    def keys(rows) -> np.ndarray:
+        return np.asarray(jax.random.key_data(row_keys(KEY, np.array(rows))))
 
-    data = keys(5, range(64))
+    data = keys(range(64))
     assert len(np.unique(data, axis=0)) == 64
-    np.testing.assert_array_equal(keys(5, [7, 2]), data[[7, 2]])
-    assert not np.array_equal(keys(6, range(64)), data)
+    np.testing.assert_array_equal(keys([7, 2]), data[[7, 2]])
+
+
+def ended(devices, optim: Optim, steps: int = 3):
+    """The state after some steps of the toy on 32 rows, the metrics of the last, its program."""
+    tx, start = make_optimizer(optim), given(toy_params())
+    shardings = mesh.state_shardings(devices, abstract_state(start, tx))
+    step = make_step(toy_loss, tx, optim, np.arange(32), devices)
+    step = jit_step(step, shardings, mesh.replicated(devices))
+    state = init_state(start, tx, shardings)
+    frozen, key = put(devices, {"gain": np.float32(2)}), put(devices, KEY)
+    program = step.lower(state, frozen, mesh.put_batch(devices, batch(32)), key).compile().as_text()
+    for i in range(steps):
+        rows = mesh.put_batch(devices, batch(32, seed=i))
+        state, metrics = step(state, frozen, rows, key)
+    return jax.device_get((state, metrics)), program
+
+
+def test_micro_batches_add_up():
+    """One, and four of each of eight devices: the same parameters, EMA but for its rates, metrics.
+    The rows stay where they are: nothing of their size passes between devices."""
+    devices, optim = grid(2, 4), Optim(lr=1e-2, eps=1e-2, accumulate=1, ema_decay=0.0)
+    (one, metrics), _ = ended(devices, optim)
+    (four, summed), program = ended(devices, dataclasses.replace(optim, accumulate=4))
+    for a, b in ((one.params, four.params), (one.opt_state, four.opt_state), (one.ema, four.ema)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
+    for name, (value, weight) in metrics.items():
+        assert summed[name][0] / summed[name][1] == pytest.approx(value / weight, rel=1e-5)
+    moves = ("all-to-all", "collective-permute", "all-gather")
+    assert not [x for x in program.splitlines() if "u8[" in x and any(m in x for m in moves)]
+    (other, _), _ = ended(devices, dataclasses.replace(optim, lr=2e-2))
+    assert np.abs(other.params["w"] - one.params["w"]).max() > 1e-3  # control
+
+
+def equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_is_not_finite_is_skipped(accumulate):
+    """A NaN in one of 8 rows, in one step: state and metrics are those of the other rows' steps,
+    only the number of the step goes on. An infinite loss, likewise."""
+    devices = grid(1, 1)
+
+    def loss(params, frozen, rows, keys):
+        return jnp.mean((rows["x"] @ params["w"]) ** 2), {"x": mean(jnp.mean(rows["x"]))}
+
+    optim = Optim(lr=1e-2, accumulate=accumulate)
+    tx = make_optimizer(optim)
+    step = jax.jit(make_step(loss, tx, optim, np.arange(8), devices))
+    x = np.random.default_rng(0).normal(size=(8, 128)).astype(np.float32)
+    first, metrics = step(begin({"w": jnp.ones((128, 4))}, tx), {}, {"x": x}, KEY)
+    assert metrics["skipped"][0] == 0 and np.isfinite(metrics["loss"][0])
+    for bad in (np.nan, np.inf, 1e30):
+        spoilt = x.copy()
+        spoilt[5, 3] = bad
+        state, metrics = step(first, {}, {"x": spoilt}, KEY)
+        assert equal(state._replace(step=first.step), first) and int(state.step) == 2
+        assert metrics.pop("skipped")[0] == 1
+        assert equal(metrics, jax.tree.map(jnp.zeros_like, metrics))
+        after, metrics = step(state, {}, {"x": x}, KEY)
+        assert metrics["skipped"][0] == 0 and int(after.step) == 3
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+        assert not equal(after.params, first.params)  # control: a step that is finite moves

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An editor of one level with random weights, and a state small enough to read."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ip2p_jax.config import Objective
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.models.clip import CLIPText
 from ip2p_jax.models.layers import abstract
@@ -13,7 +16,8 @@ from ip2p_jax.models.unet import UNet
 from ip2p_jax.models.vae import VAE
 from ip2p_jax.training import mesh
 from ip2p_jax.training.state import mean
-from ip2p_jax.training.tasks import Task, edit_task, given
+from ip2p_jax.training.tasks.edit import edit_task
+from ip2p_jax.training.tasks.task import Task, given
 from ip2p_jax.types import Batch
 
 KEY = jax.random.key(0)
@@ -33,8 +37,8 @@ def filled(network, cfg, seed: int) -> dict:
     return jax.tree_util.tree_map_with_path(fill, abstract(network, cfg)[1])
 
 
-def tiny_task() -> Task:
-    """Trains UNet and text tower; the VAE is frozen and random."""
+def tiny_task(cached: bool = False, dtype: Any = jnp.float32) -> Task:
+    """Trains UNet and text tower; the VAE is frozen and random. Takes latents if `cached`."""
     unet = UNetConfig(
         channels=(32,),
         attention=(True,),
@@ -52,9 +56,10 @@ def tiny_task() -> Task:
         {"vae": filled(VAE, VAE_SMALL, 2)},
         np.full(77, 2, np.int32),
         schedule=STABLE_DIFFUSION,
-        drop_rate=0.05,
+        objective=Objective(drop_rate=0.05),
         sample_steps=2,
-        dtype=jnp.float32,
+        dtype=dtype,
+        cached=cached,
     )
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ip2p_jax.config import Objective
 from ip2p_jax.data.tokens import tokenize
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.editor import Editor
-from ip2p_jax.training.tasks import edit_task, given
+from ip2p_jax.training.tasks.edit import edit_task
+from ip2p_jax.training.tasks.task import given
 from ip2p_jax.weights.load import Pretrained
 from ip2p_jax.weights.names import Names
 from tests.oracles import small_tokenizer
@@ -32,7 +34,7 @@ def test_samples_are_edits(trained):
         frozen,
         tokenize(tokenizer, [""])[0],
         schedule=STABLE_DIFFUSION,
-        drop_rate=0.05,
+        objective=Objective(drop_rate=0.05),
         sample_steps=2,
         dtype=jnp.float32,
     )
