@@ -7,7 +7,7 @@ python -m ip2p_jax.train --config configs/tpu_v4.py --workdir gs://BUCKET/ip2p [
 --distributed where the slice has several hosts. 1024 rows split over 4 to 256 chips, v4-8 to v4-512.
 Each chip takes its rows in four micro-batches, as the released code does, so the EMA decays as it
 does there.
-Networks compute in bfloat16 on a TPU; parameters, EMA and optimizer, 17 GB, are split over all
+Networks compute in bfloat16 on a TPU; parameters, EMA and optimizer, 14 GB, are split over all
 chips.
 """
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ip2p_jax import ablate
 from ip2p_jax.evaluation.report import read_metrics
 from tests import oracles
-from tests.test_train import CONFIG, sources  # noqa: F401 (a fixture)
+from tests.toy_runs import CONFIG, toy_options
 
 DATA = "set.jsonl"
 GOOD = {
@@ -88,15 +88,13 @@ def test_no_list(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_runs(packed, sources, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_two_runs(packed, tmp_path, monkeypatch, capsys):
     """All of it: two small runs, one on part of the data, from training to the figure."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    options = (x.removeprefix("--").split("=", 1) for x in toy_options(packed, tmp_path))
     tree = {
         "train": {
-            "config": CONFIG,
-            "config.data.path": str(packed),
-            "config.model.vae": str(sources),
-            "config.model.tokenizer": str(sources / "tokenizer"),
+            **dict(options),
             "config.steps": 4,
         },
         "evaluate": {

@@ -19,7 +19,7 @@ def parse(*more: str, file: Path = TINY) -> Config:
     return command.config
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("[a-z]*.py")), ids=lambda x: x.stem)
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("[a-z]*.py")), ids=lambda x: x.stem)
 def test_every_file_is_a_config(file):
     assert isinstance(parse(file=file), Config)
 

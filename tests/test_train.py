@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from ip2p_jax import convert, publish
@@ -213,6 +214,39 @@ def test_steps_that_are_not_finite(options, finished, capsys, monkeypatch):
     assert steps(finished) == [10, 20, 23]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved(finished, 23)))
     assert not equal(saved(finished, 23)["ema"], saved(finished)["ema"])
+
+
+@pytest.mark.slow
+def test_pure_noise_and_other_options(options, tmp_path):
+    """Zero terminal SNR, offset noise, Adafactor, recomputation: trained, sampled, exported, opened
+    by diffusers as what it is. Other samplers are refused."""
+    more = (
+        "model.prediction=v_prediction",
+        "model.zero_terminal_snr=True",
+        "objective.offset_noise=0.1",
+        "optim.name=adafactor",
+        "optim.clip=1.0",
+        "optim.cosine_steps=10",
+        "remat=full",
+        "log.samples_every=2",
+        "steps=2",
+    )
+    workdir, exported = tmp_path / "run", tmp_path / "exported"
+    assert run(options, workdir, *(f"--config.{option}" for option in more)) == 0
+    assert (workdir / "samples/00000002.png").exists()
+    editor, picture = Editor.from_pretrained(str(workdir)), PICTURE.resize((16, 16))
+    edited, rescaled = (
+        np.asarray(editor(picture, "red", 4, "ddim", guidance_rescale=x)[0]).astype(int)
+        for x in (0.0, 1.0)
+    )
+    assert np.abs(edited - rescaled).max() > 1
+    with pytest.raises(ValueError, match="expected 'ddim' with 'trailing'"):
+        editor(picture, "red", 4)
+    args = ["--from", str(workdir), "--to", str(exported), "--format", "diffusers"]
+    assert convert.main(args) == 0
+    scheduler = DDIMScheduler.from_pretrained(exported, subfolder="scheduler")
+    assert scheduler.config["rescale_betas_zero_snr"] and scheduler.alphas_cumprod[-1] == 0
+    assert scheduler.config["timestep_spacing"] == "trailing"
 
 
 def test_faults_of_the_training_keep_their_traceback(options, finished, monkeypatch):

@@ -89,7 +89,7 @@ def logged(workdir: Path) -> list[int]:
 def curve(workdir: Path) -> list[dict]:
     """What was logged, without what depends on the clock; every digit of a float32 is there."""
     return [
-        {name: x for name, x in line.items() if name != "examples_per_second"}
+        {n: x for n, x in line.items() if n not in ("examples_per_second", "data_seconds")}
         for line in lines(workdir)
     ]
 

@@ -44,9 +44,10 @@ REMAT = {
     "blocks": Remat(jax.checkpoint, kept),
     "full": Remat(jax.checkpoint, jax.checkpoint),
 }
-"""By name. blocks: of each unit only the inputs are kept, and it is computed twice. full: of each
-level (of the down, middle and up path) only the inputs are kept, and those of its units while its
-gradient is computed; units are computed three times. Gradients are the same, but for rounding."""
+"""By name. blocks: of each unit of the down and up paths only the inputs are kept; it is computed
+twice. full: of each level, the middle one too, only the inputs are kept, and those of its units
+while its gradient is computed; units are computed three times. Gradients are the same, but for
+rounding."""
 
 
 class TimeEmbedding(nnx.Module):

@@ -61,7 +61,7 @@ def test_levels_outside_the_table_are_clipped():
 
 @pytest.mark.parity
 def test_zero_terminal_snr():
-    """diffusers' numbers, which are float32; the last is nothing. sigma and t are inverses still."""
+    """diffusers has the same numbers, in float32. sigma and t are inverses up to the end."""
     keys = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     schedule = from_diffusers(SD | keys)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2

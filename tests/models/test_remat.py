@@ -14,10 +14,10 @@ from ip2p_jax.training.state import APART
 from tests.training.tiny import filled
 
 CFG = UNetConfig(
-    channels=(32, 32),
+    channels=(16, 16),
     attention=(False, True),
     heads=(2, 2),
-    layers_per_block=2,
+    layers_per_block=1,
     context_dim=16,
     norm_groups=8,
 )
