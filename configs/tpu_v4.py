@@ -4,11 +4,10 @@
 python -m data_gen.pack --input clip-filtered-dataset --output data/ip2p
 python -m ip2p_jax.train --config configs/tpu_v4.py --workdir gs://BUCKET/ip2p [--distributed]
 
---distributed where the slice has several hosts. 1024 rows split over 4 to 256 chips, v4-8 to v4-512.
-Each chip takes its rows in four micro-batches, as the released code does, so the EMA decays as it
-does there.
-Networks compute in bfloat16 on a TPU; parameters, EMA and optimizer, 14 GB, are split over all
-chips.
+--distributed where the slice has several hosts. 1024 rows are split over 4 to 256 chips (v4-8 to
+v4-512). Each chip takes its rows in four micro-batches, and the EMA decays with each of them, as in
+the released code. Networks compute in bfloat16 on a TPU; parameters, EMA and optimizer, 14 GB, are
+split over all chips.
 """
 
 from ip2p_jax.config import Config, Data, Mesh, Optim
