@@ -110,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     if command.push:
         check_repo(command.push)
     if command.dry_run:
-        for line in dry_run(command.config, command.workdir):
-            logs.warn(line)
+        lines = list(dry_run(command.config))
+        if logs.writes():
+            print("\n".join(lines))
         return 0
     run = set_up(command.config, command.workdir, command.override, distributed)
     try:

@@ -263,7 +263,7 @@ def test_faults_of_the_training_keep_their_traceback(options, finished, monkeypa
 
 def test_a_dry_run_leaves_nothing(options, tmp_path, capsys):
     assert run(options, tmp_path / "run", "--dry-run") == 0
-    text = capsys.readouterr().err
+    text = capsys.readouterr().out
     assert "1 devices (cpu): data 1, fsdp 1; 1 hosts" in text
     assert "unet.conv_in.kernel  float32[3, 3, 8, 32]  P()" in text
     assert "GiB a device, and activations" in text

@@ -137,7 +137,7 @@ def open_state(
     return current, shardings, position
 
 
-def dry_run(cfg: config.Config, workdir: str) -> Iterator[str]:
+def dry_run(cfg: config.Config) -> Iterator[str]:
     """Opens what a new run of `cfg` would read, and yields what it would hold; leaves nothing."""
     devices = mesh.make_mesh(cfg.mesh)
     mesh.rows_in_place(devices, cfg.data.batch_size, cfg.optim.accumulate)
