@@ -34,6 +34,7 @@ from data_gen.verify import write_sheet
 from ip2p_jax.cli import Parser, atomic_path, one_line_errors
 from ip2p_jax.data.manifest import MANIFEST, Shard, measure, save_manifest, verify
 from ip2p_jax.data.pairs import SPLITS, Pairs, serialize, split_range
+from ip2p_jax.data.pictures import size
 
 Source = Folder | Parquet
 
@@ -66,6 +67,7 @@ def plan(count: int, shard_size: int, folder: Path) -> list[Job]:
 def write_shard(source: Source, job: Job) -> None:
     """Writes one shard under a temporary name, then its sidecar."""
     sizes: list[int] = []
+    sides: list[tuple[int, int]] = []
     refused: list[Refusal] = []
     with atomic_path(job.path) as part:
         writer = ArrayRecordWriter(str(part), "group_size:1")
@@ -73,9 +75,10 @@ def write_shard(source: Source, job: Job) -> None:
             for pair in pairs:
                 writer.write(serialize(pair))
             sizes += [len(pairs)] if pairs else []
+            sides += [size(io.BytesIO(pair.input)) for pair in pairs[:1]]
             refused += refusals
         writer.close()
-    sidecar = {"shard": measure(job.path, sizes)._asdict(), "refused": refused}
+    sidecar = {"shard": measure(job.path, sizes, sides)._asdict(), "refused": refused}
     with atomic_path(job.done) as part:
         part.write_text(json.dumps(sidecar))
 

@@ -35,6 +35,7 @@ from ip2p_jax import jobs
 from ip2p_jax.cli import Parser, cache_compilations, one_line_errors
 from ip2p_jax.config import Data
 from ip2p_jax.data import manifest
+from ip2p_jax.data.buckets import Bucket, buckets
 from ip2p_jax.data.latents import MadeWith, made_with, verify
 from ip2p_jax.data.pairs import SPLITS, PairSource
 from ip2p_jax.latent_shards import Encoder, Job, Recipe, cut, gather, is_done, make_shard
@@ -44,7 +45,7 @@ from ip2p_jax.weights.load import load_vae
 
 SETTINGS = "split seed rows dtype shard_size".split()
 """Options that decide the bytes, beside what `MadeWith` holds."""
-VIEW = "resolution resize_min resize_max flip".split()
+VIEW = "resolution resize_min resize_max flip buckets".split()
 """What of config.Data decides how views are drawn."""
 
 
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="check --output instead of making it")
     add("--views", type=int, default=2, help="of each pair (%(default)s)")
     add("--resolution", type=int, default=data.resolution, help="side in px (%(default)s)")
+    add("--buckets", default="", metavar="WxH,...", help="sizes in px, by the pictures' shape")
     add("--resize-min", type=int, default=0, help="pictures are resized to between this and")
     add("--resize-max", type=int, default=0, help="this, then cut; 0: --resolution")
     add("--flip", type=float, default=data.flip, help="share of mirrored views (%(default)s)")
@@ -114,16 +116,18 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         resize_min=args.resize_min or side,
         resize_max=args.resize_max or side,
         flip=args.flip,
+        buckets=args.buckets,
     )
     return Recipe(data, args.views, args.seed)
 
 
-def open_encoder(args: argparse.Namespace, side: int) -> tuple[Encoder, str]:
-    """Loads the VAE; returns a digest of its encoder too. Raises ValueError for a side in px that
-    it does not take."""
+def open_encoder(args: argparse.Namespace, of: Sequence[Bucket]) -> tuple[Encoder, str]:
+    """Loads the VAE; returns a digest of its encoder too. Raises ValueError for sides that it does
+    not take."""
     cfg, params = load_vae(args.model)
-    if side % cfg.factor:
-        raise ValueError(f"--resolution {side}: expected a multiple of {cfg.factor} px")
+    if any(side % cfg.factor for bucket in of for side in bucket):
+        name, value = ("buckets", args.buckets) if args.buckets else ("resolution", args.resolution)
+        raise ValueError(f"--{name} {value}: expected a multiple of {cfg.factor} px")
     dtype = jnp.dtype(args.dtype)
     encoder = Encoder(cfg, params, dtype=dtype, rows=args.rows, devices=jax.local_devices())
     return encoder, encoder_digest(params)
@@ -157,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, recipe = Console(stderr=True), recipe_of(args)
     sources = open_sources(args.data, args.split.split(","))
     with console.status(escape(f"loading {args.model}")):
-        encoder, vae = open_encoder(args, args.resolution)
+        encoder, vae = open_encoder(args, buckets(recipe.data))
     made = MadeWith(vae=vae, views=args.views, **{n: getattr(recipe.data, n) for n in VIEW})
     settings = {name: getattr(args, name) for name in SETTINGS} | made._asdict()
     settings["data"] = manifest.sha256(Path(args.data) / manifest.MANIFEST)

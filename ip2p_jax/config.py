@@ -30,6 +30,8 @@ class Data:
     resolution: int = 256  # side of the square pictures, px
     resize_min: int = 0  # both pictures are resized to a square between this and
     resize_max: int = 0  # this, px, then cut to `resolution`; 0: `resolution`
+    buckets: str = ""  # WIDTHxHEIGHT,... px: what pictures are cut to, by their shape, in place of
+    # the square; resize_min and resize_max then enlarge their sides as they would `resolution`
     flip: float = 0.5  # how often both pictures of a pair are mirrored
     workers: int = 0  # reading processes of each host; 0: threads only
     threads: int = 8  # reading threads in each process, one batch each

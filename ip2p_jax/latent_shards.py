@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 
 from ip2p_jax.cli import atomic_path
 from ip2p_jax.config import Data
+from ip2p_jax.data.buckets import Bucket, bucket_of_each
 from ip2p_jax.data.latents import SHARDS, Latents, serialize
 from ip2p_jax.data.manifest import Shard, measure
 from ip2p_jax.data.pairs import SPLITS, Pair, PairSource
@@ -124,40 +125,46 @@ class Encoder:
         return self.encode(self.params, jax.device_put(pictures[fill], self.by_row))
 
 
-def rows_of(job: Job, source: PairSource, recipe: Recipe) -> list[Row]:
-    """All views of a shard, in its order. Those of a pair depend on its place in the split."""
+def rows_of(job: Job, source: PairSource, recipe: Recipe, of: Sequence[Bucket]) -> list[Row]:
+    """All views of a shard, bucket by bucket; `of` are those of its prompts. The views of a pair
+    depend on its place in the split."""
     split = list(SPLITS).index(job.split)
-    return [
+    rows = [
         Row(pair, view)
-        for pair in itertools.chain(*source.prompts[job.start : job.stop])
+        for prompt, bucket in zip(source.prompts[job.start : job.stop], of, strict=True)
+        for pair in prompt
         for view in draw_views(
-            np.random.default_rng([recipe.seed, split, pair]), recipe.data, recipe.views
+            np.random.default_rng([recipe.seed, split, pair]), recipe.data, bucket, recipe.views
         )
     ]
+    return sorted(rows, key=lambda row: row.view.bucket)
 
 
-def read(source: PairSource, side: int, row: Row) -> Seen:
+def read(source: PairSource, row: Row) -> Seen:
     """Reads one view of a pair; one that training would not use is given its reason."""
     pair = UNREAD
     try:
         pair = source[row.pair]
         check_pair(pair)
-        pictures = np.stack([see(x, row.view, side) for x in (pair.input, pair.output)])
+        pictures = np.stack([see(x, row.view) for x in (pair.input, pair.output)])
     except ValueError as error:
-        return Seen(row, pair, np.zeros((2, side, side, 3), np.uint8), str(error))
+        width, height = row.view.bucket
+        return Seen(row, pair, np.zeros((2, height, width, 3), np.uint8), str(error))
     return Seen(row, pair, pictures)
 
 
 def encoded(
-    rows: Sequence[Row], source: PairSource, side: int, encoder: Encoder
+    rows: Sequence[Row], source: PairSource, encoder: Encoder
 ) -> Iterator[tuple[Seen, tuple[np.ndarray, ...]]]:
-    """Every row with its moments. While the devices compute a batch, the next one is read."""
+    """Every row with its moments; rows of one bucket are neighbours. While the devices compute a
+    batch, the next one is read."""
 
     def begin(batch: Sequence[Row]) -> tuple[list[Seen], tuple[Any, ...]]:
-        seen = list(pool.map(functools.partial(read, source, side), batch))
+        seen = list(pool.map(functools.partial(read, source), batch))
         return seen, encoder(np.stack([x.pictures for x in seen]))
 
-    batches = (rows[i : i + encoder.most] for i in range(0, len(rows), encoder.most))
+    alike = (list(x) for _, x in itertools.groupby(rows, lambda row: row.view.bucket))
+    batches = (x[i : i + encoder.most] for x in alike for i in range(0, len(x), encoder.most))
     with ThreadPoolExecutor(READERS) as pool:
         for seen, moments in one_ahead(map(begin, batches)):
             yield from zip(seen, zip(*map(np.asarray, moments), strict=True), strict=False)
@@ -196,30 +203,41 @@ def make_shard(job: Job, source: PairSource, recipe: Recipe, encoder: Encoder) -
 
     Raises StorageError if it cannot be written.
     """
-    rows = rows_of(job, source, recipe)
+    prompts = source.prompts[job.start : job.stop]
+    of = bucket_of_each(recipe.data.path, source.pictures, len(source.prompts), recipe.data)
+    of = of[job.start : job.stop]
+    rows = rows_of(job, source, recipe, of)
     views: dict[int, list[bytes]] = {}
     refused: dict[int, Refused] = {}
-    for seen, moments in encoded(rows, source, recipe.data.resolution, encoder):
+    for seen, moments in encoded(rows, source, encoder):
         (number, _), pair = seen.row, seen.pair
         if reason := reason_of(seen, moments):
             refused[number] = Refused(pair.prompt, pair.seed, reason)
         views.setdefault(number, []).append(serialize(latents_of(pair, moments)))
-    kept = {number: records for number, records in views.items() if number not in refused}
-    prompts = source.prompts[job.start : job.stop]
+    kept = {number: views[number] for number in sorted(views) if number not in refused}
     sizes = [sum(len(kept.get(number, ())) for number in prompt) for prompt in prompts]
     records = list(itertools.chain(*kept.values()))
-    write = functools.partial(write_shard, job, records, sizes, list(refused.values()))
+    left_out = [refused[number] for number in sorted(refused)]
+    write = functools.partial(write_shard, job, records, sizes, of, left_out)
     retried(write, str(job.path))
 
 
-def write_shard(job: Job, records: list[bytes], sizes: list[int], refused: list[Refused]) -> None:
-    """Writes records, so many of each prompt, under a temporary name; then what is in the shard."""
+def write_shard(
+    job: Job,
+    records: list[bytes],
+    sizes: list[int],
+    of: Sequence[Bucket],
+    refused: list[Refused],
+) -> None:
+    """Writes records, so many of each prompt, of these buckets, under a temporary name; then what
+    is in the shard."""
     with atomic_path(job.path) as part:
         writer = ArrayRecordWriter(str(part), "group_size:1")
         for record in records:
             writer.write(record)
         writer.close()
-    shard = measure(job.path, [n for n in sizes if n])
+    sides = [bucket for bucket, n in zip(of, sizes, strict=True) if n]
+    shard = measure(job.path, [n for n in sizes if n], sides)
     if not records:
         job.path.unlink()
     with atomic_path(job.done) as part:

@@ -19,6 +19,7 @@ import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ def train(cfg: config.Config, workdir: str, run: Ready) -> bool:
     """Trains to the last step, or until SIGTERM; returns whether the last step is done."""
     current, saver = run.start, run.saver
     begin, stopping = int(current.step), False
+    shares: dict[Any, float | None] = {}  # of the devices' FLOPs, by the shapes of a batch
     dog = Watchdog(cfg.watchdog)
     with (
         run.opened,
@@ -48,9 +50,11 @@ def train(cfg: config.Config, workdir: str, run: Ready) -> bool:
             saver.save(current, log.say)  # step 0 of a new run
         for at in range(begin + 1, cfg.steps + 1):
             batch = log.next(run.batches)
-            with dog.patient() if at == begin + 1 else contextlib.nullcontext():  # it compiles
-                if at == begin + 1:
-                    log.flops_share = run.flops_share(batch)
+            shapes = tuple(x.shape for x in batch)
+            with compiling(log, dog) if shapes not in shares else contextlib.nullcontext():
+                if shapes not in shares:
+                    shares[shapes] = run.flops_share(batch)
+                log.flops_share = shares[shapes]
                 log.profile(at)
                 current, metrics = run.advance(current, batch)
                 log.add(at, metrics)
@@ -79,6 +83,13 @@ def train(cfg: config.Config, workdir: str, run: Ready) -> bool:
         with dog.patient():
             run.finish(current.ema)
     return True
+
+
+@contextlib.contextmanager
+def compiling(log: logs.Logs, dog: Watchdog) -> Iterator[None]:
+    """A step that takes long, for its batch has a shape of which there was none before."""
+    with log.paused(), dog.patient():
+        yield
 
 
 def leave_with_traceback(*error: Any) -> None:

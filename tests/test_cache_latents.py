@@ -4,6 +4,7 @@ draw; stopped anywhere and started again the command ends with the same bytes, a
 hosts and devices; broken pairs are left out and named; wrong input is one line.
 """
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -17,14 +18,17 @@ import pytest
 from data_gen.pack import pack
 from ip2p_jax import cache_latents, latent_shards
 from ip2p_jax.config import Data
-from ip2p_jax.data.latents import LatentSource, made_with
+from ip2p_jax.data.buckets import Bucket, nearest
+from ip2p_jax.data.latents import LatentSource, check_settings, made_with
+from ip2p_jax.data.loader import LATENTS, make_loader
 from ip2p_jax.data.pairs import PairSource
 from ip2p_jax.data.transforms import draw_views, see
 from tests import latents
-from tests.data.released import write_released
+from tests.data.released import Words, write_released
 from tests.kills import KILLS, write_row
 
 CFG = Data(resolution=16, resize_min=16, resize_max=20)
+SQUARE = Bucket(16, 16)
 VIEWS = ("--resize-max=20", "--views=3", "--shard-size=3")
 
 
@@ -64,12 +68,12 @@ def test_moments_are_those_of_diffusers(data, made):
     mirrored = []
     for record in range(0, len(pairs), 7):
         pair = pairs[record]
-        views = draw_views(np.random.default_rng([0, 0, record]), CFG, 3)
+        views = draw_views(np.random.default_rng([0, 0, record]), CFG, SQUARE, 3)
         for i, view in enumerate(views):
             found = cached[3 * record + i]
             texts = (pair.instruction, pair.input_caption, pair.output_caption)
             assert found[3:] == (*texts, pair.prompt, pair.seed)
-            pixels = np.stack([see(x, view, 16) for x in (pair.input, pair.output)])
+            pixels = np.stack([see(x, view) for x in (pair.input, pair.output)])
             mean, log_var = latents.moments(vae, pixels)
             want = mean[0], mean[1], log_var[1]
             for x, y in zip(found[:3], want, strict=True):
@@ -77,6 +81,42 @@ def test_moments_are_those_of_diffusers(data, made):
             mirror = latents.moments(vae, np.ascontiguousarray(pixels[:, :, ::-1]))[0][0]
             mirrored.append(np.abs(mirror - found.input).max())
     assert min(mirrored) > 0.01
+
+
+def test_buckets(model, tmp_path, capsys):
+    """Views have the sides of the bucket nearest to their pictures', and moments are those of
+    diffusers; training gets batches of one bucket each, and refuses other buckets."""
+    of = Bucket(24, 16), Bucket(16, 24), Bucket(20, 20)
+    shapes = [(48, 30), (30, 48), (40, 42), (64, 40)]
+    pack([write_released(tmp_path / "released", 20, 1, sizes=shapes)], tmp_path / "packed")
+    named = ",".join(f"{w}x{h}" for w, h in of)
+    options = ("--resize-max=20", "--views=2", f"--buckets={named}")
+    assert latents.run(tmp_path / "packed", model, tmp_path / "made", *options) == 0
+    assert cache_latents.main(["--verify", f"--output={tmp_path / 'made'}"]) == 0
+    assert "40 views (train 36" in capsys.readouterr().out
+    cfg = Data(
+        path=str(tmp_path / "made"), batch_size=6, resolution=16, resize_max=20, buckets=named
+    )
+    vae, cached = latents.small_vae(), LatentSource(cfg.path, "train")
+    pairs = PairSource(tmp_path / "packed", "train")
+    assert len(cached) == 36
+    for i in range(0, 36, 5):
+        pair, bucket = pairs[i // 2], nearest(of, shapes[i // 2 % 4])
+        assert cached[i].prompt == pair.prompt
+        views = draw_views(np.random.default_rng([0, 0, i // 2]), cfg, bucket, 2)
+        pixels = np.stack([see(pair.input, views[i % 2])])
+        assert pixels.shape[1:3] == (bucket.height, bucket.width)
+        want = latents.moments(vae, pixels)[0][0]
+        np.testing.assert_allclose(cached[i].input, want, rtol=2**-10, atol=1e-3)
+    loader = make_loader(cfg, Words(), LATENTS)
+    batches = [next(loader) for _ in range(12)]
+    loader.close()
+    found = {batch.input.shape[1:3] for batch in batches}
+    assert found == {(b.height // 2, b.width // 2) for b in of}
+    wide = {int(x) % 4 for b in batches if b.input.shape[2] == 12 for x in b.tokens[:, 0]}
+    assert wide == {0, 3}
+    with pytest.raises(ValueError, match="config.data.buckets is 24x16, the latents in .* were"):
+        check_settings({cfg.path: made_with(cfg.path)}, dataclasses.replace(cfg, buckets="24x16"))
 
 
 def test_what_is_written(made, capsys):

@@ -422,6 +422,7 @@ def killed(command: list[str], folder: Path, moment: random.Random) -> tuple[int
     return process.returncode, any(name.endswith(half) for name in os.listdir(folder))
 
 
+@pytest.mark.slow
 def test_killed_and_restarted(model, editor, tmp_path, monkeypatch, capsys):
     """SIGKILL at random moments: in the end the same bytes as undisturbed, and nothing else.
 

@@ -219,6 +219,7 @@ def begun(out: Path) -> set[tuple[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(options, undisturbed, tmp_path):
     """Kills at random moments after another file has been written; whoever comes to the end begins
     anew."""

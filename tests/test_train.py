@@ -20,10 +20,12 @@ import pytest
 from diffusers import DDIMScheduler
 from PIL import Image
 
+from data_gen.pack import pack
 from ip2p_jax import convert, publish
 from ip2p_jax.editor import Editor
 from ip2p_jax.training import logs, mesh, state
 from ip2p_jax.weights.load import load, load_vae
+from tests.data.released import write_released
 from tests.edits import PICTURE
 from tests.kills import KILLS, write_row
 from tests.oracles import tiny_folder
@@ -119,6 +121,7 @@ def killed(options: list[str], workdir: Path, moment: random.Random) -> tuple[in
     return process.returncode, bool(half_written(workdir) - left)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(options, undisturbed, tmp_path):
     """SIGKILL at random moments: the same parameters, EMA and optimizer state in the end."""
     want, workdir = saved(undisturbed), tmp_path / "killed"
@@ -179,6 +182,7 @@ def test_sigterm_saves_and_the_run_goes_on(options, tmp_path, capsys):
     assert steps(workdir)[-1] == end and logged(workdir) == list(range(1, end + 1))
 
 
+@pytest.mark.slow
 def test_not_finite(options, finished, capsys):
     """The step is named, and the last good checkpoint is the newest."""
     more = ("--config.steps=30", "--config.optim.lr=1e30", "--override=optim.lr")
@@ -249,6 +253,26 @@ def test_pure_noise_and_other_options(options, tmp_path):
     assert scheduler.config["timestep_spacing"] == "trailing"
 
 
+@pytest.mark.slow
+def test_resolution_buckets(options, tmp_path):
+    """Batches of two shapes, of which one compiles in the middle of the run: trained, validated,
+    and the same when the run goes on."""
+    write_released(tmp_path / "released", 40, 1, sizes=((40, 40), (60, 40)))
+    pack([tmp_path / "released"], tmp_path / "packed")
+    more = (
+        f"--config.data.path={tmp_path / 'packed'}",
+        "--config.data.buckets=16x16,24x16",
+        "--config.log.validation_every=3",
+        "--config.log.validation_batches=1",
+    )
+    assert run(options, tmp_path / "straight", *more, "--config.steps=6") == 0
+    assert run(options, tmp_path / "halved", *more, "--config.steps=3") == 0
+    assert run(options, tmp_path / "halved", *more, "--config.steps=6") == 0
+    assert curve(tmp_path / "straight") == curve(tmp_path / "halved")
+    assert sum("validation_loss" in line for line in lines(tmp_path / "straight")) == 2
+    assert run(options, tmp_path / "odd", *more, "--config.data.buckets=17x16") == 2
+
+
 def test_faults_of_the_training_keep_their_traceback(options, finished, monkeypatch):
     """A fault in the middle is no wrong input."""
 
@@ -313,6 +337,7 @@ def test_other_options_are_refused_by_name(options, undisturbed, capsys):
     assert (undisturbed / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_start_from_a_model_with_4_channels(packed, tmp_path, caplog):
     """Widened, its text tower frozen, trained a step in bfloat16; then opened, without warnings,
     edited with and converted."""
@@ -435,6 +460,7 @@ def hosts_agree(options: list[str], workdir: Path, alone: Path, n: int) -> None:
     assert np.abs(np.diff(want)).min() > 1e-3  # control: other rows, or other draws
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_one(vae_options, trained_vae, tmp_path):
     """A VAE, whose latents are measured by both."""
     hosts_agree(vae_options, tmp_path, trained_vae, 2)

@@ -19,7 +19,8 @@ from jaxtyping import Float16
 from tensorflow_datasets.core import example_serializer
 
 from ip2p_jax.config import Data
-from ip2p_jax.data.manifest import MANIFEST, prompts_of
+from ip2p_jax.data.buckets import Bucket
+from ip2p_jax.data.manifest import MANIFEST, pictures_of, prompts_of
 from ip2p_jax.data.manifest import verify as verify_shards
 
 SHARDS = "shards"
@@ -52,6 +53,7 @@ class MadeWith(NamedTuple):
     resize_max: int
     flip: float
     views: int  # of each pair
+    buckets: str = ""
 
 
 MOMENTS = ("input", "output", "log_var")
@@ -92,6 +94,7 @@ def check_settings(made: dict[str, MadeWith | None], cfg: Data) -> None:
         "resize_min": cfg.resize_min or cfg.resolution,
         "resize_max": cfg.resize_max or cfg.resolution,
         "flip": cfg.flip,
+        "buckets": cfg.buckets,
     }
     for folder, how in made.items():
         if how is None:
@@ -114,13 +117,16 @@ def check_encoder(made: dict[str, MadeWith | None], vae: str) -> None:
             )
 
 
-def cached(latents: Latents, rng: np.random.Generator, cfg: Data) -> tuple[Any, Any, Any, str]:
+def cached(
+    latents: Latents, rng: np.random.Generator, cfg: Data, bucket: Bucket
+) -> tuple[Any, Any, Any, str]:
     """What training sees of a record. All draws but that of the record were made before."""
     return *latents[:3], latents.instruction
 
 
 class LatentSource:
-    """Random access to the views of one split; `prompts[i]` are the records of prompt i."""
+    """Random access to the views of one split; `prompts[i]` are the records of prompt i, of views
+    of `pictures[i]` (width, height) px, if the folder says so."""
 
     def __init__(self, folder: str | os.PathLike, split: str, *, check_hashes: bool = False):
         """Verifies the folder against its manifest; ValueError or FileNotFoundError name faults."""
@@ -129,6 +135,7 @@ class LatentSource:
         if not made_with(folder):
             raise ValueError(f"{folder}: holds no latents (python -m ip2p_jax.cache_latents)")
         self.prompts = prompts_of(folder, manifest, split)
+        self.pictures = pictures_of(manifest, split)
         files = [str(folder / shard.file) for shard in manifest[split]]
         self._records: Any = grain.sources.ArrayRecordDataSource(files)
 
@@ -151,13 +158,14 @@ def verify(folder: str | os.PathLike) -> tuple[dict[str, int], list[str]]:
     doubled, unknown, or of another content than the manifest says; or a folder of pictures.
     """
     counts, faults = {}, []
-    shape: tuple[int, ...] = ()
+    shapes: dict[Any, tuple[int, ...]] = {}
     for split in verify_shards(Path(folder), hashes=True):
         source = LatentSource(folder, split)
         counts[split] = len(source)
-        for i in range(len(source)):
+        sizes = [tuple(x) for x in source.pictures] or [()] * len(source.prompts)
+        for i, size in ((i, x) for p, x in zip(source.prompts, sizes, strict=True) for i in p):
             moments = source[i][:3]
-            shape = shape or moments[0].shape
+            shape = shapes.setdefault(size, moments[0].shape)
             if any(x.shape != shape for x in moments):
                 faults.append(f"{split} {i}: its moments are not all of shape {shape}")
             elif not all(np.isfinite(x).all() for x in moments):

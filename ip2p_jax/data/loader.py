@@ -2,6 +2,7 @@
 """Endless shuffled batches, the same global order for any number of hosts, workers and restarts."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from absl import flags
 
 from ip2p_jax.config import Data, folders
+from ip2p_jax.data.buckets import Bucket, bucket_of_each, buckets
 from ip2p_jax.data.latents import LatentSource, cached
 from ip2p_jax.data.pairs import PairSource
 from ip2p_jax.data.tokens import tokenize
@@ -36,11 +38,11 @@ def check(cfg: Data, seed: int, host_count: int) -> None:
 
 
 class Kind(NamedTuple):
-    """What a batch consists of: `see` takes arrays and, last, a text from a record of `source`;
-    `batch` is made of the stacked arrays and the tokens."""
+    """What a batch consists of: `see` takes arrays and, last, a text from a record of `source`, cut
+    to the sides of a bucket; `batch` is made of the stacked arrays and the tokens."""
 
     source: Callable[..., Any]
-    see: Callable[[Any, np.random.Generator, Data], tuple]
+    see: Callable[[Any, np.random.Generator, Data, Bucket], tuple]
     batch: Callable[..., Any]
 
 
@@ -79,16 +81,17 @@ def _draw(
     prompts: Sequence[range],
     kind: Kind,
     cfg: Data,
+    bucket: Bucket,
 ) -> Drawn:
     """One of the prompt's records at random, seen in a random way.
 
-    One that is broken is replaced by what the same generator draws next, from any prompt: so by the
-    same after a restart, and on any host.
+    One that is broken is replaced by what the same generator draws next, from any of the `prompts`:
+    so by the same after a restart, and on any host.
     """
     broken = []
     for _ in range(TRIES):
         try:
-            return Drawn(kind.see(source[int(rng.choice(prompt))], rng, cfg), broken)
+            return Drawn(kind.see(source[int(rng.choice(prompt))], rng, cfg, bucket), broken)
         except ValueError as error:
             broken.append(str(error))
             prompt = prompts[int(rng.integers(len(prompts)))]
@@ -165,24 +168,54 @@ class Loader:
             self._iterator = None
 
 
-def share(prompts: Sequence[range], fraction: float) -> list[range]:
+def share(prompts: Sequence[Any], fraction: float) -> list[Any]:
     """A random share of the prompts, at least one, the same for every run and seed."""
     order = np.random.default_rng(0).permutation(len(prompts))
     chosen = order[: max(1, round(fraction * len(prompts)))]
     return [prompts[i] for i in np.sort(chosen)]
 
 
-def endless(folder: str, cfg: Data, kind: Kind, seed: int) -> grain.MapDataset:
-    """One pair a prompt and epoch of one data set, each epoch in a new order."""
+class Opened(NamedTuple):
+    """A data set, the prompts of it that are used, by bucket, and how often it takes its turn."""
+
+    source: Any
+    prompts: dict[Bucket, list[range]]
+    weight: float
+
+    def weight_of(self, bucket: Bucket) -> float:
+        """The part of `weight` that falls to a bucket."""
+        return self.weight * len(self.prompts[bucket]) / sum(map(len, self.prompts.values()))
+
+
+def open_set(folder: str, weight: float, cfg: Data, kind: Kind) -> Opened:
+    """Opens a data set."""
     source = kind.source(folder, cfg.split, check_hashes=cfg.check_hashes)
-    prompts = share(source.prompts, cfg.fraction)
+    each = bucket_of_each(folder, source.pictures, len(source.prompts), cfg)
+    prompts: dict[Bucket, list[range]] = {bucket: [] for bucket in buckets(cfg)}
+    for prompt, bucket in share(list(zip(source.prompts, each, strict=True)), cfg.fraction):
+        prompts[bucket].append(prompt)
+    return Opened(source, prompts, weight)
+
+
+def endless(opened: Opened, bucket: Bucket, cfg: Data, kind: Kind, seed: int) -> grain.MapDataset:
+    """One pair a prompt and epoch of one data set and bucket, each epoch in a new order."""
+    prompts = opened.prompts[bucket]
+    draw = functools.partial(
+        _draw, source=opened.source, prompts=prompts, kind=kind, cfg=cfg, bucket=bucket
+    )
     return (
         grain.MapDataset.source(prompts)
         .seed(seed)
         .shuffle()
         .repeat(2**40 // len(prompts))  # longer than any run, and still a length
-        .random_map(functools.partial(_draw, source=source, prompts=prompts, kind=kind, cfg=cfg))
+        .random_map(draw)
     )
+
+
+def mixed(sets: Sequence[tuple[grain.MapDataset, float]]) -> tuple[grain.MapDataset, float]:
+    """Data sets that take turns by their weights, and the sum of these."""
+    datasets, weights = zip(*sets, strict=True)
+    return grain.MapDataset.mix(datasets, weights), sum(weights)
 
 
 def make_loader(
@@ -197,14 +230,24 @@ def make_loader(
 ) -> Loader:
     """Endless batches of batch_size / host_count rows, reshuffled every epoch, from batch `start`.
 
-    Data sets take turns by their weights. All draws belong to the position in the global order, so
-    1, 2 and 4 hosts see the same global batches. `tokenizer` is a transformers.CLIPTokenizer.
+    Data sets take turns by their weights, row by row; buckets by their prompts, batch by batch. All
+    draws belong to the position in the global order, so 1, 2 and 4 hosts see the same global
+    batches. `tokenizer` is a transformers.CLIPTokenizer.
     Raises ValueError or FileNotFoundError for wrong options, a folder that is none, or damaged
     shards; a worker that dies raises RuntimeError.
     """
     check(cfg, seed, host_count)
-    paths, weights = zip(*folders(cfg).items(), strict=True)
-    sets = [endless(path, cfg, kind, (seed + i) % 2**32) for i, path in enumerate(paths)]
-    mixed = grain.MapDataset.mix(sets, weights)
-    batches = mixed.batch(cfg.batch_size // host_count, batch_fn=_stack)
-    return Loader(batches[host_index::host_count], kind, cfg, tokenizer, start)
+    of, seeds, rows = buckets(cfg), itertools.count(seed), cfg.batch_size // host_count
+    opened = [open_set(path, weight, cfg, kind) for path, weight in folders(cfg).items()]
+    batches = []
+    for bucket in of:
+        sets = [
+            (endless(x, bucket, cfg, kind, next(seeds) % 2**32), x.weight_of(bucket))
+            for x in opened
+            if x.prompts[bucket]
+        ]
+        if sets:
+            examples, weight = mixed(sets)
+            mine = examples.batch(rows, batch_fn=_stack)[host_index::host_count]
+            batches.append((mine, weight))
+    return Loader(mixed(batches)[0], kind, cfg, tokenizer, start)

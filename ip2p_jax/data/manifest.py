@@ -7,7 +7,7 @@ ArrayRecord opens a truncated file as an empty one, without an error: so lengths
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,15 @@ MANIFEST = "manifest.json"
 
 
 class Shard(NamedTuple):
-    """One ArrayRecord file. `file` is relative to the data folder, `sizes` are records a prompt."""
+    """One ArrayRecord file. `file` is relative to the data folder, `sizes` are records a prompt,
+    `pictures` the width and height in px of each prompt's first (older folders say nothing)."""
 
     file: str
     records: int
     bytes: int
     sha256: str
     sizes: list[int]
+    pictures: Sequence[Sequence[int]] = ()
 
 
 Manifest = dict[str, list[Shard]]
@@ -36,9 +38,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def measure(path: Path, sizes: list[int]) -> Shard:
+def measure(path: Path, sizes: list[int], pictures: Sequence[Sequence[int]] = ()) -> Shard:
     """Describes a shard file just written, that holds prompts of `sizes` records."""
-    return Shard(path.name, sum(sizes), path.stat().st_size, sha256(path), sizes)
+    return Shard(path.name, sum(sizes), path.stat().st_size, sha256(path), sizes, pictures)
 
 
 def as_json(manifest: Manifest, **more: Any) -> str:
@@ -127,3 +129,10 @@ def prompts_of(folder: Path, manifest: Manifest, split: str) -> list[range]:
     sizes = [size for shard in manifest[split] for size in shard.sizes]
     ends = list(itertools.accumulate(sizes))
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def pictures_of(manifest: Manifest, split: str) -> list[Sequence[int]]:
+    """Width and height of each prompt's first picture, where all shards of a split say that."""
+    shards = manifest[split]
+    known = all(len(shard.pictures) == len(shard.sizes) for shard in shards)
+    return [size for shard in shards for size in shard.pictures] if known else []

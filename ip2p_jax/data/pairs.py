@@ -17,7 +17,7 @@ from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.splits import SplitDict
 
-from ip2p_jax.data.manifest import Manifest, Shard, prompts_of, verify
+from ip2p_jax.data.manifest import Manifest, Shard, pictures_of, prompts_of, verify
 
 FOLDER = "pairs/1.0.0"
 """Where TFDS puts its files inside a data folder: name and version of the builder below."""
@@ -116,13 +116,15 @@ class Pairs(FileReaderBuilder):
 
 
 class PairSource:
-    """Random access to the pairs of one split; `prompts[i]` are the records of prompt i."""
+    """Random access to the pairs of one split; `prompts[i]` are the records of prompt i, the first
+    of which has pictures of `pictures[i]` (width, height) px, if the folder says so."""
 
     def __init__(self, folder: str | os.PathLike, split: str, *, check_hashes: bool = False):
         """Verifies the folder against its manifest; ValueError or FileNotFoundError name faults."""
         self._folder = folder = Path(folder)
         manifest = verify(folder, hashes=check_hashes)
         self.prompts = prompts_of(folder, manifest, split)
+        self.pictures = pictures_of(manifest, split)
         if not (folder / FOLDER).is_dir():
             raise ValueError(f"{folder}: holds no pictures, expected a folder of data_gen.pack")
         builder: Any = tfds.builder_from_directory(folder / FOLDER)

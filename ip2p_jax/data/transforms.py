@@ -9,17 +9,21 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from ip2p_jax.config import Data
+from ip2p_jax.data.buckets import Bucket
 from ip2p_jax.data.pairs import Pair
 from ip2p_jax.data.pictures import decode, size
 
 
 class View(NamedTuple):
-    """How both pictures of a pair are seen: resized to `side` px square, cut, maybe flipped."""
+    """How both pictures of a pair are seen: resized to `width` x `height` px, cut to the sides of
+    `bucket`, maybe flipped."""
 
-    side: int
+    width: int
+    height: int
     left: int
     top: int
     flip: bool
+    bucket: Bucket
 
 
 class Example(NamedTuple):
@@ -37,29 +41,30 @@ class Captioned(NamedTuple):
     caption: str
 
 
-def draw_view(rng: np.random.Generator, cfg: Data) -> View:
-    """Draws side, corner of the window and flip for one pair."""
+def draw_view(rng: np.random.Generator, cfg: Data, bucket: Bucket) -> View:
+    """Draws size, corner of the window and flip for one pair."""
     lowest, highest = cfg.resize_min or cfg.resolution, cfg.resize_max or cfg.resolution
     side = int(rng.integers(lowest, highest + 1))
-    left, top = rng.integers(0, side - cfg.resolution + 1, 2)
-    return View(side, int(left), int(top), bool(rng.random() < cfg.flip))
+    width, height = (round(x * side / cfg.resolution) for x in bucket)
+    left, top = rng.integers(0, (width - bucket.width + 1, height - bucket.height + 1))
+    return View(width, height, int(left), int(top), bool(rng.random() < cfg.flip), bucket)
 
 
-def draw_views(rng: np.random.Generator, cfg: Data, count: int) -> list[View]:
+def draw_views(rng: np.random.Generator, cfg: Data, bucket: Bucket, count: int) -> list[View]:
     """Draws `count` views of one pair, each as `draw_view` does, but flips are spread evenly: how
     many are mirrored is within one of `count` times `cfg.flip`."""
     start = rng.random()
     flips = [(start + i / count) % 1 < cfg.flip for i in range(count)]
-    return [draw_view(rng, cfg)._replace(flip=flip) for flip in flips]
+    return [draw_view(rng, cfg, bucket)._replace(flip=flip) for flip in flips]
 
 
-def see(picture: bytes, view: View, resolution: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes, resizes to a square (Lanczos, aspect not kept, as the authors), cuts and flips.
+def see(picture: bytes, view: View) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes, resizes (Lanczos, aspect not kept, as the authors), cuts and flips.
 
     Raises ValueError for a picture that does not decode.
     """
-    image = decode(picture).resize((view.side, view.side), Image.Resampling.LANCZOS)
-    box = (view.left, view.top, view.left + resolution, view.top + resolution)
+    image = decode(picture).resize((view.width, view.height), Image.Resampling.LANCZOS)
+    box = (view.left, view.top, view.left + view.bucket.width, view.top + view.bucket.height)
     pixels = np.asarray(image.crop(box))
     return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
 
@@ -72,15 +77,15 @@ def captions_of(pair: Pair) -> tuple[str, str]:
     return pair.input_caption, pair.output_caption
 
 
-def captioned(pair: Pair, rng: np.random.Generator, cfg: Data) -> Captioned:
+def captioned(pair: Pair, rng: np.random.Generator, cfg: Data, bucket: Bucket) -> Captioned:
     """One of the pictures of a pair, either as often, with its own caption.
 
     Raises ValueError naming a pair that lacks a caption or does not decode.
     """
     which = int(rng.integers(2))
-    caption, view = captions_of(pair)[which], draw_view(rng, cfg)
+    caption, view = captions_of(pair)[which], draw_view(rng, cfg, bucket)
     try:
-        return Captioned(see((pair.input, pair.output)[which], view, cfg.resolution), caption)
+        return Captioned(see((pair.input, pair.output)[which], view), caption)
     except ValueError as error:
         raise ValueError(f"prompt {pair.prompt}, pair {pair.seed}: {error}") from None
 
@@ -94,16 +99,16 @@ def check_pair(pair: Pair) -> None:
         raise ValueError(f"its pictures have two sizes, {before} and {after} px")
 
 
-def example(pair: Pair, rng: np.random.Generator, cfg: Data) -> Example:
+def example(pair: Pair, rng: np.random.Generator, cfg: Data, bucket: Bucket) -> Example:
     """Both pictures of a pair under one view.
 
     Raises ValueError naming a pair that does not decode, has no instruction, or has pictures of two
     sizes, which a view would not show alike.
     """
-    view = draw_view(rng, cfg)
+    view = draw_view(rng, cfg, bucket)
     try:
         check_pair(pair)
-        before, after = (see(p, view, cfg.resolution) for p in (pair.input, pair.output))
+        before, after = (see(p, view) for p in (pair.input, pair.output))
     except ValueError as error:
         raise ValueError(f"prompt {pair.prompt}, pair {pair.seed}: {error}") from None
     return Example(before, after, pair.instruction)

@@ -98,7 +98,8 @@ class Logs:
         self.samples = epath.Path(workdir) / "samples"
         self.waiting: list[tuple[int, Metrics]] = []
         self.data_seconds = 0.0
-        self.flops_share: float | None = None  # of the devices' a second, that an example takes
+        self.flops_share: float | None = None  # of the devices' a second, that an example now takes
+        self.used = 0.0  # its sum over the steps that are timed
         self.profiling = False
         self.unwritten: list[dict[str, Any]] = []
         self.events: Events | None = None
@@ -127,6 +128,7 @@ class Logs:
             self.time = time.monotonic()
         else:
             self.timed += 1
+            self.used += self.flops_share or 0.0
         if writes():
             self.progress.update(self.bar, completed=step)
 
@@ -186,16 +188,15 @@ class Logs:
         line |= {name: float(v / w) for name, (v, w) in totals.items() if w > 0}
         if self.timed:
             line["examples_per_second"] = examples * self.timed / seconds
-            if self.flops_share is not None:
-                used = line["examples_per_second"] * self.flops_share
-                line["model_flop_utilisation"] = used
+            if self.used:
+                line["model_flop_utilisation"] = examples * self.used / seconds
         if count := total(self.tell(line["step"], broken)):
             line["broken"] = count
         if skipped:
             line["skipped"] = len(skipped)
         line["data_seconds"] = self.data_seconds / len(fetched)
         self.waiting, self.timed, self.time = [], 0, time.monotonic()
-        self.data_seconds = 0.0
+        self.data_seconds = self.used = 0.0
         if writes():
             self.write(line)
 

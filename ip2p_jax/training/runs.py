@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 from transformers import CLIPTokenizer
 
 from ip2p_jax import checks, config
+from ip2p_jax.data.buckets import buckets
 from ip2p_jax.data.latents import check_encoder, check_settings, made_with
 from ip2p_jax.data.loader import CAPTIONS, LATENTS, PAIRS, Kind, Loader, make_loader
 from ip2p_jax.data.pairs import PairSource
@@ -167,9 +168,10 @@ def trained_parts(cfg: config.Config) -> tuple[str, ...]:
 
 def check_resolution(cfg: config.Config, multiple: int) -> None:
     """Raises ValueError for pictures that the networks cannot take."""
-    if cfg.data.resolution % multiple:
+    name = "buckets" if cfg.data.buckets else "resolution"
+    if any(side % multiple for bucket in buckets(cfg.data) for side in bucket):
         raise ValueError(
-            f"config.data.resolution is {cfg.data.resolution}, expected a multiple of {multiple} "
+            f"config.data.{name} is {getattr(cfg.data, name)}, expected a multiple of {multiple} "
             "for this model"
         )
 

@@ -3,6 +3,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,15 @@ def encode(pixels: np.ndarray, format: str = "JPEG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def write_released(folder: Path, prompts: int, pairs: int = 4, first: int = 0) -> Path:
+def write_released(
+    folder: Path,
+    prompts: int,
+    pairs: int = 4,
+    first: int = 0,
+    sizes: Sequence[tuple[int, int]] = ((40, 32),),
+) -> Path:
     """Writes `prompts` prompts, numbered from `first`; the output of a pair is the negative of its
-    input."""
+    input. Prompts take the `sizes` in turn."""
     folder.mkdir(parents=True)
     listed = []
     for i in range(first, first + prompts):
@@ -43,7 +50,7 @@ def write_released(folder: Path, prompts: int, pairs: int = 4, first: int = 0) -
         texts = {"input": f"scene {i}", "edit": f"invert {i}", "output": f"negative {i}"}
         (folder / name / "prompt.json").write_text(json.dumps(texts))
         for j, seed in enumerate(seeds):
-            x = picture(i, j)
+            x = picture(i, j, sizes[i % len(sizes)])
             (folder / name / f"{seed}_0.jpg").write_bytes(encode(x))
             (folder / name / f"{seed}_1.jpg").write_bytes(encode(255 - x))
         listed.append([name, seeds])

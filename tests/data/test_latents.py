@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import kstest
 
 from ip2p_jax.config import Data
+from ip2p_jax.data.buckets import Bucket
 from ip2p_jax.data.latents import (
     Latents,
     LatentSource,
@@ -24,6 +25,7 @@ from ip2p_jax.data.transforms import draw_view, draw_views
 
 MADE = MadeWith(vae="abc", resolution=24, resize_min=26, resize_max=40, flip=0.5, views=4)
 CFG = Data(resolution=24, resize_min=26, resize_max=40)
+SQUARE = Bucket(24, 24)
 
 
 def moments(shape=(3, 5, 4), seed=0):
@@ -64,23 +66,23 @@ def test_what_16_bits_lose():
 
 def test_cached_views_are_spread_as_those_of_training():
     """Side and corner by Kolmogorov-Smirnov; flips are even within a pair."""
-    many = [draw_views(np.random.default_rng([1, i]), CFG, 4) for i in range(2000)]
+    many = [draw_views(np.random.default_rng([1, i]), CFG, SQUARE, 4) for i in range(2000)]
     assert all(sum(view.flip for view in views) == 2 for views in many)
     cached = [view for views in many for view in views]
-    drawn = [draw_view(np.random.default_rng([2, i]), CFG) for i in range(8000)]
+    drawn = [draw_view(np.random.default_rng([2, i]), CFG, SQUARE) for i in range(8000)]
 
     def p(name, ours):
         rng = np.random.default_rng(0)  # ties are broken at random
         a, b = (np.array([getattr(v, name) for v in x]) for x in (ours, drawn))
         return kstest(a + rng.random(len(a)), b + rng.random(len(b))).pvalue
 
-    for name in ("side", "left", "top"):
+    for name in ("width", "left", "top"):
         assert p(name, cached) > 1e-3
         assert p(name, [v._replace(**{name: getattr(v, name) // 2}) for v in cached]) < 1e-9
     for share in (0.0, 0.3, 1.0):
         cfg = Data(resolution=24, flip=share)
         flips = [
-            sum(v.flip for v in draw_views(np.random.default_rng([3, i]), cfg, 3))
+            sum(v.flip for v in draw_views(np.random.default_rng([3, i]), cfg, SQUARE, 3))
             for i in range(2000)
         ]
         assert set(flips) <= {np.floor(3 * share), np.ceil(3 * share)}

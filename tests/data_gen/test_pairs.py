@@ -176,6 +176,7 @@ def begun(out: Path) -> int:
     return len(list(out.glob("*/prompt.json")))
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(options, made, tmp_path):
     """Kills at random moments after another prompt has been begun; whoever comes to the end begins
     anew. The processes have one device each, the undisturbed run has eight.

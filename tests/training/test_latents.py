@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.stats import ks_2samp
 
 from ip2p_jax.config import Data, Objective
+from ip2p_jax.data.buckets import Bucket
 from ip2p_jax.data.latents import LatentSource
 from ip2p_jax.data.loader import LATENTS, PAIRS, make_loader
 from ip2p_jax.data.pairs import PairSource
@@ -35,6 +36,7 @@ from tests.training import tiny
 
 VIEWS = 12
 CFG = Data(batch_size=256, resolution=16, resize_max=20, threads=0)
+SQUARE = Bucket(16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +70,9 @@ def test_the_loss_is_that_from_pictures(packed, cached, vae):
     cfg, params = vae
     shown, kept = [], []
     for record in range(8):
-        view = draw_views(np.random.default_rng([0, 0, record]), CFG, VIEWS)[record]
+        view = draw_views(np.random.default_rng([0, 0, record]), CFG, SQUARE, VIEWS)[record]
         pair = pairs[record]
-        shown.append([see(x, view, 16) for x in (pair.input, pair.output)])
+        shown.append([see(x, view) for x in (pair.input, pair.output)])
         kept.append(views[record * VIEWS + record][:3])
     tokens = tiny.batch(8).tokens
     batch = Batch(*np.stack(shown, 1), tokens)
