@@ -28,6 +28,9 @@ from data_gen.pair_filter import Candidate
 from data_gen.triplet_file import Triplet
 from ip2p_jax.storage import json_lines, open_folder, retried, write_whole
 
+KIND = "pairs"
+"""What the folder is of, in words."""
+
 PairPixels = UInt8[np.ndarray, "2 h w 3"]
 
 
@@ -47,7 +50,7 @@ class PairFolder:
     @classmethod
     def open(cls, path: str, settings: dict[str, Any]) -> "PairFolder":
         """Opens a folder, or begins one. ValueError names the settings in which they differ."""
-        return cls(open_folder(path, settings, "pairs"))
+        return cls(open_folder(path, settings, KIND))
 
     def prompt_folder(self, number: int) -> epath.Path:
         return self.path / f"{number:07d}"

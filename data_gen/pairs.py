@@ -36,7 +36,7 @@ from data_gen import pair_report
 from data_gen.candidates import CandidateMaker, Recipe
 from data_gen.contact_sheet import contact_sheet
 from data_gen.pair_filter import Thresholds
-from data_gen.pair_folder import PairFolder
+from data_gen.pair_folder import KIND, PairFolder
 from data_gen.pair_run import Selection, make_pairs
 from data_gen.triplet_file import Triplet, read_triplets
 from ip2p_jax import checks, jobs
@@ -45,7 +45,7 @@ from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.evaluation.clip_scores import Clip
 from ip2p_jax.placed import place
 from ip2p_jax.safety import SafetyChecker
-from ip2p_jax.storage import StorageError, retried, write_whole
+from ip2p_jax.storage import StorageError, check_folder, retried, write_whole
 
 READERS = 32
 """Threads that look at prompt folders: a bucket answers slowly, but many at once."""
@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 this host's part is done, 1 storage failed for long, 2 wrong input."""
     args = parser().parse_args(argv)
     check(args)
+    check_folder(args.output, KIND)
     triplets = read_triplets(Path(args.triplets))
     cache_compilations()
     host, hosts = jobs.this_host(args)

@@ -39,10 +39,11 @@ from ip2p_jax.data.buckets import Bucket, buckets
 from ip2p_jax.data.latents import MadeWith, made_with, verify
 from ip2p_jax.data.pairs import SPLITS, PairSource
 from ip2p_jax.latent_shards import Encoder, Job, Recipe, cut, gather, is_done, make_shard
-from ip2p_jax.storage import StorageError, open_folder, retried, write_whole
+from ip2p_jax.storage import StorageError, check_folder, open_folder, retried, write_whole
 from ip2p_jax.weights.digest import encoder_digest
 from ip2p_jax.weights.load import load_vae
 
+KIND = "latents"
 SETTINGS = "split seed rows dtype shard_size".split()
 """Options that decide the bytes, beside what `MadeWith` holds."""
 VIEW = "resolution resize_min resize_max flip buckets".split()
@@ -79,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError that names an option and what was expected."""
-    if args.verify == bool(args.data and args.model):
+    given = [option is not None for option in (args.data, args.model)]
+    if any(given) if args.verify else not all(given):
         raise ValueError("expected either --data and --model, or --verify")
     splits = args.split.split(",")
     wanted = {
@@ -153,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     if args.verify:
         return show_faults(args.output)
+    check_folder(args.output, KIND)
     cache_compilations()
     host, hosts = jobs.this_host(args)
     on_cpu = jax.default_backend() == "cpu"
@@ -166,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {name: getattr(args, name) for name in SETTINGS} | made._asdict()
     settings["data"] = manifest.sha256(Path(args.data) / manifest.MANIFEST)
     try:
-        folder = Path(open_folder(args.output, settings, "latents"))
+        folder = Path(open_folder(args.output, settings, KIND))
         prompts = {split: len(source.prompts) for split, source in sources.items()}
         plan = cut(prompts, args.shard_size, folder)
         run(plan[host::hosts], sources, recipe, encoder, console)

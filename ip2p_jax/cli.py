@@ -3,14 +3,16 @@
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import glob
+import hashlib
 import os
+import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import jax
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,20 +45,58 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`, renamed to `path` if the block ends well.
 
-    What killed processes left of the same file is removed.
+    No other process has this path, on this host or on others with the same disk. What killed
+    processes of this host left of the same file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    name = f".{path.name}.{this_machine()}."
+    for part in path.parent.glob(f"{glob.escape(name)}*.part"):
         pid = part.suffixes[-2].removeprefix(".")
         if pid.isdecimal() and not is_running(int(pid)):
             part.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{name}{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where no file can be made in a folder, or in what there is of its path: to
+    be called before hours of work."""
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output folder {folder}: no file can be made in {there} ({error.strerror})"
+        ) from None
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out of a folder's `alone`; ValueError if one is in."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is writing there") from None
+    finally:
+        os.close(fd)
+
+
+@functools.cache
+def this_machine() -> str:
+    """Tells this machine, or container, from others: a process id means something in it alone."""
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux says more than a name, which many may have
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:12]
 
 
 def is_running(pid: int) -> bool:
@@ -73,6 +113,8 @@ def is_running(pid: int) -> bool:
 def cache_compilations() -> None:
     """Keeps compiled programs in ~/.cache/ip2p_jax, or where JAX_COMPILATION_CACHE_DIR says; small
     ones too, for a dozen of them costs as much as a large one."""
+    import jax  # a second and 130 MB, which commands that only read and write texts do without
+
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -245,11 +245,11 @@ RULES = (
         "objective.min_snr_gamma objective.offset_noise",
     ),
     ("0 or more, below 1", lambda x: 0 <= x < 1, "optim.b1 optim.b2 optim.ema_decay"),
-    ("0 to 1", lambda x: 0 <= x <= 1, "data.flip"),
+    ("0 to 1", lambda x: 0 <= x <= 1, "data.flip data.broken"),
     ("over 0, up to 1", lambda x: 0 < x <= 1, "data.fraction"),
-    ("0 to 1", lambda x: 0 <= x <= 1, "data.broken"),
     ("0 to 1/3", lambda x: 0 <= x <= 1 / 3, "objective.drop_rate"),
     ("0 to 2^32 - 1", lambda x: 0 <= x < 2**32, "seed"),
+    ("a folder of data_gen.pack", bool, "data.path"),
     (*one_of("edit", "generate", "vae", "clip"), "objective.kind"),
     (*one_of("none", "blocks", "full"), "remat"),
     (*one_of("adamw", "adafactor"), "optim.name"),
@@ -262,7 +262,8 @@ devices or the data is checked where these are known."""
 
 def check(cfg: Config) -> None:
     """Raises ValueError, one line that names config.X, for values that no run can have."""
-    values = flatten(cfg)
+    values, lowest = flatten(cfg), cfg.data.resize_min or cfg.data.resolution
+    highest = cfg.data.resize_max or cfg.data.resolution
     for expected, fits, names in RULES:
         for name in names.split():
             if not fits(values[name]):
@@ -277,7 +278,16 @@ def check(cfg: Config) -> None:
             f"config.model.base is {cfg.model.base!r}, expected '': objective.kind="
             f"{cfg.objective.kind} starts from scratch"
         )
-    check_diffusion(cfg)
+    if not cfg.data.resolution <= lowest <= highest:
+        raise ValueError(
+            f"config.data.resize_min is {lowest}, config.data.resize_max {highest}: expected at "
+            f"least config.data.resolution={cfg.data.resolution}, and the first not above the other"
+        )
+    if cfg.model.zero_terminal_snr and cfg.model.prediction != "v_prediction":
+        raise ValueError(
+            "config.model.zero_terminal_snr needs config.model.prediction=v_prediction"
+        )
+    check_used(cfg)
     if cfg.objective.kind == "clip":
         check_clip(cfg)
     if cfg.lora.rank:
@@ -285,27 +295,33 @@ def check(cfg: Config) -> None:
     folders(cfg.data)
 
 
-def check_diffusion(cfg: Config) -> None:
-    """Raises ValueError for options of the UNet's training that are without effect, or that do not
-    go together."""
-    kind, model, gamma = cfg.objective.kind, cfg.model, cfg.objective.min_snr_gamma
-    for name, default in (
-        ("objective.min_snr_gamma", 0),
-        ("objective.offset_noise", 0),
-        ("remat", "none"),
+DIFFUSION = (
+    "objective.drop_rate objective.min_snr_gamma objective.offset_noise remat log.sample_steps "
+    "model.vae model.train_text model.prediction model.zero_terminal_snr model.dims.unet. "
+    "model.dims.text."
+)
+SCRATCH = "model.dims. model.prediction model.zero_terminal_snr"
+ADAM = "optim.b1 optim.b2 optim.eps"
+"""Settings, or what their names begin with, that only some runs have a use for: those of a UNet,
+those without a base, those by AdamW."""
+
+
+def check_used(cfg: Config) -> None:
+    """Raises ValueError, one line, for a setting that is not the default and has no effect."""
+    kind, values, defaults = cfg.objective.kind, flatten(cfg), flatten(Config())
+    of_kind = f"with config.objective.kind={kind}"
+    for used, where, names in (
+        (kind in ("edit", "generate"), of_kind, DIFFUSION),
+        (kind == "vae", of_kind, "objective.kl_weight model.dims.vae."),
+        (kind != "vae", of_kind, "model.tokenizer"),
+        (kind == "clip", of_kind, "model.clip."),
+        (not cfg.model.base, "with a config.model.base", SCRATCH),
+        (cfg.lora.rank > 0, "without config.lora.rank", "lora."),
+        (cfg.optim.name == "adamw", f"with config.optim.name={cfg.optim.name}", ADAM),
     ):
-        if kind in ("vae", "clip") and (value := flatten(cfg)[name]) != default:
-            raise ValueError(f"config.{name} is {value!r}: objective.kind={kind} has no UNet")
-    if model.zero_terminal_snr and (model.base or model.prediction != "v_prediction"):
-        raise ValueError(
-            "config.model.zero_terminal_snr needs config.model.base='' (a base has noise levels of "
-            "its own) and config.model.prediction=v_prediction"
-        )
-    if model.zero_terminal_snr and gamma:
-        raise ValueError(
-            f"config.objective.min_snr_gamma is {gamma}, expected 0: with zero terminal SNR the "
-            "last timestep would have no weight"
-        )
+        for name in () if used else values:
+            if name.startswith(tuple(names.split())) and values[name] != defaults[name]:
+                raise ValueError(f"config.{name} is {values[name]!r}, without effect {where}")
 
 
 def check_clip(cfg: Config) -> None:

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ip2p_jax.cli import Parser, one_line_errors
+from ip2p_jax.cli import Parser, check_writable, one_line_errors
 from ip2p_jax.jobs import add_lora
 from ip2p_jax.weights import lora
 from ip2p_jax.weights.clip import load_clip
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.to.exists():
         raise ValueError(f"--to {args.to}: is already there")
+    check_writable(args.to.parent)
     if args.format in ("ldm", "lora") and args.to.suffix != ".safetensors":
         raise ValueError(f"--to {args.to}: expected a name that ends in .safetensors")
     (export_alone if args.format in ALONE else convert)(args)

@@ -32,8 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ip2p_jax import jobs
 from ip2p_jax.cli import cache_compilations, one_line_errors
 from ip2p_jax.evaluation import examples as sets
-from ip2p_jax.evaluation import report, scorer, search
-from ip2p_jax.evaluation.evaluation_folder import EvaluationFolder
+from ip2p_jax.evaluation import scorer, search
+from ip2p_jax.evaluation.evaluation_folder import KIND, EvaluationFolder
 from ip2p_jax.evaluation.evaluation_run import Plan, missing, run
 from ip2p_jax.evaluation.identity import set_digest
 from ip2p_jax.evaluation.methods import METHODS, Method, Recipe
@@ -41,7 +41,7 @@ from ip2p_jax.evaluation.options import BUDGET, check, floor_of, parser
 from ip2p_jax.evaluation.summary import summarise
 from ip2p_jax.evaluation.sweep import Point, Shown, Sweep, in_order
 from ip2p_jax.placed import place
-from ip2p_jax.storage import StorageError, json_lines
+from ip2p_jax.storage import StorageError, check_folder, json_lines
 from ip2p_jax.weights.digest import weights_digest
 
 SETTINGS = (
@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 this host's part is done, 1 storage failed for long, 2 wrong input."""
     args = parser(__doc__).parse_args(argv)
     check(args)
+    check_folder(args.output, KIND)
     host, hosts = jobs.this_host(args)
     args.rows = args.rows or (2 if jax.default_backend() == "cpu" else 8)
     console = Console(stderr=True)
@@ -209,8 +210,7 @@ def finish(sweep: Sweep, folder: EvaluationFolder, plan: Plan) -> int:
     if others:
         print(f"this host is done; {len(others)} units of other hosts are still to come")
         return 0
-    points = summarise(sweep, folder, plan)
-    print(report.table(points), f"{folder.path}", sep="\n")
+    print(summarise(sweep, folder, plan), f"{folder.path}", sep="\n")
     return 0
 
 

@@ -7,9 +7,7 @@ A request is a frozen dataclass that says how one picture is made; it has `outpu
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
@@ -31,7 +29,7 @@ from rich.progress import (
 )
 
 from ip2p_jax import checks, config
-from ip2p_jax.cli import Parser, atomic_path, cache_compilations
+from ip2p_jax.cli import Parser, atomic_path, cache_compilations, check_writable
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.placed import Placed
@@ -216,14 +214,7 @@ def check_outputs(outputs: Sequence[str], inputs: Sequence[str] = ()) -> None:
         if path.is_dir():
             raise ValueError(f"output {output}: is a folder")
     for folder in {path.parent for path in uses}:
-        there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"output folder {folder}: no file can be made in {there} ({error.strerror})"
-            ) from None
+        check_writable(folder)
 
 
 def settings(args: argparse.Namespace, request: Request) -> dict[str, Any]:

@@ -132,10 +132,12 @@ def settings() -> list[str]:
 
 
 def keep(path: Path, program: jax.stages.Compiled) -> None:
-    """Writes a program; a disk that cannot take it costs the next start its seconds, no more."""
+    """Writes a program behind its digest; a disk that cannot take it costs the next start its
+    seconds, no more."""
+    payload = pickle.dumps(serialize(program))
     try:
         with atomic_path(path) as part:
-            part.write_bytes(pickle.dumps(serialize(program)))
+            part.write_bytes(hashlib.sha256(payload).digest() + payload)
     except OSError:
         return
 
@@ -143,7 +145,10 @@ def keep(path: Path, program: jax.stages.Compiled) -> None:
 def read(path: Path, devices: Sequence[Any]) -> jax.stages.Compiled | None:
     """Reads a program for these devices; None if there is none, or none that is whole."""
     try:
-        payload = path.read_bytes()
-        return deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
-    except (OSError, EOFError, pickle.UnpicklingError):
+        content = path.read_bytes()
+    except OSError:
         return None
+    digest, payload = content[:32], content[32:]
+    if hashlib.sha256(payload).digest() != digest:
+        return None
+    return deserialize_and_load(*pickle.loads(payload), execution_devices=devices)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run as a model on a hub: a diffusers folder with a card that says how it was made."""
 
+import functools
 import json
+import operator
 import shutil
 import tempfile
 from pathlib import Path
@@ -45,7 +47,7 @@ What differs from the library's defaults:
 
 ## What was measured
 
-The last line of the run's metrics.jsonl:
+The last step of the run's metrics.jsonl:
 
 | metric | value |
 |---|---|
@@ -73,8 +75,10 @@ generator = Generator.from_pretrained("{name}")
 }
 
 
-def check_repo(name: str) -> None:
-    """Raises ValueError, one line, for what is no name on a hub."""
+def check_push(name: str, cfg: Config) -> None:
+    """Raises ValueError, one line, for what is no name on a hub, or a run that is no model."""
+    if cfg.objective.kind not in KINDS:
+        raise ValueError(f"--push: a run with objective.kind={cfg.objective.kind} is no model")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -106,9 +110,7 @@ def write_card(workdir: str, name: str, folder: Path) -> None:
     """Writes README.md into `folder`, and the run's newest grid of samples if there is one."""
     run = epath.Path(workdir)
     stored = flatten(json.loads((run / "config.json").read_text()))
-    kind = stored["objective.kind"]
-    if kind not in KINDS:
-        raise ValueError(f"{workdir}: a run with objective.kind={kind} is no model of its own")
+    kind, measured = stored["objective.kind"], last_step(run)
     task, what, data = KINDS[kind]
     grids = sorted((run / "samples").glob("*.png")) if (run / "samples").exists() else []
     if grids:
@@ -119,13 +121,13 @@ def write_card(workdir: str, name: str, folder: Path) -> None:
         tags=", ".join(["instruct-pix2pix", "jax"] if kind == "edit" else ["jax"]),
         name=name.split("/")[-1],
         what=what,
-        steps=last_line(run).get("step", stored["steps"]),
+        steps=measured.get("step", stored["steps"]),
         rows=stored["data.batch_size"],
         data=data,
         usage=USAGE[kind].format(name=name),
         picture="![input, result, truth](samples.png)\n" if grids else "",
         settings=table(differing(stored)),
-        metrics=table(last_line(run)),
+        metrics=table(measured),
     )
     (folder / "README.md").write_text(card)
 
@@ -133,15 +135,16 @@ def write_card(workdir: str, name: str, folder: Path) -> None:
 def differing(stored: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that are not the defaults; where its files lay is nobody's concern."""
     defaults = flatten(as_json(Config()))
-    private = ("data.path", "data.contents")
+    private = ("data.path", "data.mix", "data.contents")
     return {k: v for k, v in stored.items() if k not in private and v != defaults.get(k)}
 
 
-def last_line(run: Any) -> dict[str, Any]:
-    """The newest line of metrics.jsonl; empty if there is none."""
+def last_step(run: Any) -> dict[str, Any]:
+    """What metrics.jsonl says of the newest step, in one line or two; empty if it says nothing."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    newest = [line for line in lines if line["step"] == lines[-1]["step"]]
+    return functools.reduce(operator.or_, newest, {})
 
 
 def table(values: dict[str, Any]) -> str:

@@ -5,11 +5,12 @@ etils.epath."""
 import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from etils import epath
 
-from ip2p_jax.cli import atomic_path
+from ip2p_jax.cli import atomic_path, check_writable
 
 T = TypeVar("T")
 
@@ -54,6 +55,29 @@ def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+SETTINGS = "settings.json"
+"""Of a folder of work: what decides it."""
+
+
+def check_folder(path: str, kind: str) -> None:
+    """Raises ValueError where `open_folder` will fail whatever the settings, or no file can be made
+    in the folder: to be called before anything is loaded."""
+    if "://" not in path:
+        check_writable(Path(path))
+    check_kind(epath.Path(path), kind)
+
+
+def check_kind(folder: epath.Path, kind: str) -> None:
+    """Raises ValueError if there is something in a folder, and it is not of that `kind`."""
+    file = folder / SETTINGS
+    if file.exists() or not folder.exists():
+        return
+    part = f".{SETTINGS}."  # of a process that was killed, or of another host
+    used = any(not x.name.startswith(part) for x in folder.iterdir())
+    if used and not file.exists():  # else another host has begun it just now
+        raise ValueError(f"{folder} is already there and not a folder of {kind} (no {SETTINGS})")
+
+
 def open_folder(path: str, settings: dict[str, Any], kind: str) -> epath.Path:
     """Opens the folder of work that `settings` decides, or begins one, with its settings.json.
 
@@ -61,15 +85,11 @@ def open_folder(path: str, settings: dict[str, Any], kind: str) -> epath.Path:
     """
     settings = json.loads(json.dumps(settings))
     folder = epath.Path(path)
-    file = folder / "settings.json"
+    file = folder / SETTINGS
+    check_kind(folder, kind)
     if not file.exists():
-        part = f".{file.name}."  # of a process that was killed, or of another host
-        used = folder.exists() and any(not x.name.startswith(part) for x in folder.iterdir())
-        if not used:
-            retried(lambda: folder.mkdir(parents=True, exist_ok=True), str(path))
-            retried(lambda: write_whole(file, json.dumps(settings, indent=1).encode()), str(file))
-        elif not file.exists():  # else another host has begun it just now
-            raise ValueError(f"{path} is already there and not a folder of {kind} (no {file.name})")
+        retried(lambda: folder.mkdir(parents=True, exist_ok=True), str(path))
+        retried(lambda: write_whole(file, json.dumps(settings, indent=1).encode()), str(file))
     there = json.loads(file.read_text())
     for name in sorted({*there, *settings}):
         if there.get(name) != settings.get(name):

@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.multihost_utils import sync_global_devices
 
 from ip2p_jax import config
 from ip2p_jax.cli import cache_compilations, one_line_errors
 from ip2p_jax.data.loader import TooManyBroken
 from ip2p_jax.jobs import join
-from ip2p_jax.publish import check_repo, publish
+from ip2p_jax.publish import check_push, publish
 from ip2p_jax.storage import StorageError
 from ip2p_jax.training import logs
 from ip2p_jax.training.opening import Ready, dry_run, set_up
@@ -38,12 +39,12 @@ from ip2p_jax.training.watchdog import Watchdog
 def train(cfg: config.Config, workdir: str, run: Ready) -> bool:
     """Trains to the last step, or until SIGTERM; returns whether the last step is done."""
     current, saver = run.start, run.saver
-    begin, stopping = int(current.step), False
+    begin = int(current.step)
     shares: dict[Any, float | None] = {}  # of the devices' FLOPs, by the shapes of a batch
     dog = Watchdog(cfg.watchdog)
     with (
-        run.opened,
         contextlib.closing(dog),
+        run.opened,
         logs.open_logs(workdir, begin, cfg, dog.beat, run.board) as log,
     ):
         with dog.patient():
@@ -51,16 +52,17 @@ def train(cfg: config.Config, workdir: str, run: Ready) -> bool:
         for at in range(begin + 1, cfg.steps + 1):
             batch = log.next(run.batches)
             shapes = tuple(x.shape for x in batch)
-            with compiling(log, dog) if shapes not in shares else contextlib.nullcontext():
-                if shapes not in shares:
+            compiles = shapes not in shares  # for there was no batch of these shapes before
+            with aside(log, dog) if compiles else contextlib.nullcontext():
+                if compiles:
                     shares[shapes] = run.flops_share(batch)
                 log.flops_share = shares[shapes]
                 log.profile(at)
                 current, metrics = run.advance(current, batch)
                 log.add(at, metrics)
             dog.beat()
-            stopping = run.stop(at)
-            last = stopping or at == cfg.steps
+            stopping, done = run.stop(at), at == cfg.steps
+            last = stopping or done
             due = last or at % cfg.checkpoint.every == 0
             if due or at % cfg.log.every == 0:
                 log.flush(cfg.data.batch_size, run.broken)
@@ -69,25 +71,25 @@ def train(cfg: config.Config, workdir: str, run: Ready) -> bool:
                 saver.postpone(at)
                 due = False
             if due:
-                with log.paused(), dog.patient():
+                with aside(log, dog):
                     (saver.finish if last else saver.save)(current, log.say)
-            if run.validate and (last or at % cfg.log.validation_every == 0):
-                with log.paused(), dog.patient():
-                    log.tell_of(at, run.validate(current.ema))
-            if run.draw and (last or at % cfg.log.samples_every == 0):
-                with log.paused(), dog.patient():
-                    log.grid(at, run.draw(current.ema))
-            if stopping:
+            if stopping and not done:  # without pictures: there may be little time left
                 log.say(f"SIGTERM: saved step {at}")
                 return False
+            if run.validate and (done or at % cfg.log.validation_every == 0):
+                with aside(log, dog):
+                    log.tell_of(at, run.validate(current.ema))
+            if run.draw and (done or at % cfg.log.samples_every == 0):
+                with aside(log, dog):
+                    log.grid(at, run.draw(current.ema))
         with dog.patient():
             run.finish(current.ema)
     return True
 
 
 @contextlib.contextmanager
-def compiling(log: logs.Logs, dog: Watchdog) -> Iterator[None]:
-    """A step that takes long, for its batch has a shape of which there was none before."""
+def aside(log: logs.Logs, dog: Watchdog) -> Iterator[None]:
+    """For what is no step, or one that compiles: not timed, and waited for longer."""
     with log.paused(), dog.patient():
         yield
 
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     if distributed:
         sys.excepthook = leave_with_traceback
     if command.push:
-        check_repo(command.push)
+        check_push(command.push, command.config)
     if command.dry_run:
         lines = list(dry_run(command.config))
         if logs.writes():
@@ -136,8 +138,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:  # no fault of the input: it keeps its traceback
         raise RuntimeError("the training failed") from error
-    if command.push and done and logs.writes():
-        print(publish(command.workdir, command.push))
+    if command.push and done:
+        if logs.writes():
+            print(publish(command.workdir, command.push))
+        sync_global_devices("published")  # a host that left earlier would end the one that uploads
     return 0
 
 

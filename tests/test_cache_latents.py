@@ -305,6 +305,7 @@ def test_latents_that_are_not_finite_are_left_out(data, tmp_path, capsys):
         (["--data=nowhere"], "nowhere"),
         (["--model=/nowhere"], "/nowhere"),
         (["--host=2"], "--host 2: expected 0 to 0"),
+        (["--output=/dev/null", "--model=/nowhere"], "no file can be made in /dev/null"),
     ],
 )
 def test_wrong_options_are_one_line(data, model, tmp_path, options, message, capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: users' errors are one line and code 2, bugs are not; files are written whole or not."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,15 @@ import sys
 import jax
 import pytest
 
-from ip2p_jax.cli import Parser, atomic_path, cache_compilations, one_line_errors
+from ip2p_jax import cli
+from ip2p_jax.cli import (
+    Parser,
+    alone,
+    atomic_path,
+    cache_compilations,
+    one_line_errors,
+    this_machine,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,18 +77,66 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
-    """Only of the same file, and only of processes that are no more."""
+    """Only of the same file, and only of processes of this machine that are no more."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    path = tmp_path / "a[1].png"
-    stale = tmp_path / f".a[1].png.{dead.pid}.part"
-    kept = [tmp_path / f".a[1].png.{os.getppid()}.part", tmp_path / f".b.png.{dead.pid}.part"]
-    for part in (stale, *kept, tmp_path / ".a[1].png.mine.part"):
+    path, here = tmp_path / "a[1].png", this_machine()
+    stale = tmp_path / f".a[1].png.{here}.{dead.pid}.part"
+    kept = [
+        tmp_path / f".{name}.part"
+        for name in (
+            f"a[1].png.{here}.{os.getppid()}",
+            f"b.png.{here}.{dead.pid}",
+            f"a[1].png.0123456789ab.{dead.pid}",
+            "a[1].png.mine",
+        )
+    ]
+    for part in (stale, *kept):
         part.write_text("half")
     with atomic_path(path) as part:
         part.write_text("whole")
     assert not stale.exists()
-    assert sorted(tmp_path.iterdir()) == sorted([path, *kept, tmp_path / ".a[1].png.mine.part"])
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
+
+
+def test_hosts_with_one_disk_do_not_meet(tmp_path, monkeypatch):
+    """Two processes of one id write the same file at once, one on each host, as do two of the same
+    host's name: the file is that of the last one, and whole."""
+    path, names = tmp_path / "a.png", ["one", "one", "two"]
+    boots = iter(["first", "second", "second"])
+    with contextlib.ExitStack() as hosts:
+        for name in names:
+            monkeypatch.setattr(cli.socket, "gethostname", lambda name=name: name)
+            monkeypatch.setattr(cli.Path, "read_text", lambda path: next(boots))
+            this_machine.cache_clear()
+            part = hosts.enter_context(atomic_path(path))
+            assert not part.exists()
+            part.write_bytes(name.encode() * 1000)
+        assert len(list(tmp_path.iterdir())) == 3
+    this_machine.cache_clear()
+    assert path.read_bytes() == b"one" * 1000 and list(tmp_path.iterdir()) == [path]
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Another is refused while the first is in, also a killed one lets it in; errors pass."""
+    with alone(tmp_path):
+        with pytest.raises(ValueError, match="^/.*: another process is writing there"):
+            with alone(tmp_path):
+                pass
+        with alone(tmp_path.parent):
+            pass
+    with pytest.raises(KeyError), alone(tmp_path):
+        raise KeyError
+    hold = "import sys, time, ip2p_jax.cli as c, pathlib as p\nwith c.alone(p.Path(sys.argv[1])):"
+    command = [sys.executable, "-c", f"{hold}\n print(flush=True)\n time.sleep(60)", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        with pytest.raises(ValueError), alone(tmp_path):
+            pass
+        other.kill()
+    with alone(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_compiled_programs_are_kept(tmp_path, monkeypatch):

@@ -56,22 +56,14 @@ def test_command_line():
         (["--config.optim.cosine_steps=2"], "cosine_steps is 2, expected 0 or more than config"),
         (["--config.remat=all"], "config.remat is 'all', expected one of none, blocks, full"),
         (["--config.objective.min_snr_gamma=-1"], "min_snr_gamma is -1.0, expected 0 or more"),
-        (["--config.model.zero_terminal_snr=True"], "needs config.model.base='' (a base has noise"),
-        (
-            [
-                "--config.model.prediction=v_prediction",
-                "--config.model.zero_terminal_snr=True",
-                "--config.objective.min_snr_gamma=5",
-            ],
-            "config.objective.min_snr_gamma is 5.0, expected 0: with zero terminal SNR",
-        ),
-        (
-            ["--config.objective.kind=vae", "--config.remat=full"],
-            "config.remat is 'full': objective.kind=vae has no UNet",
-        ),
+        (["--config.model.zero_terminal_snr=True"], "needs config.model.prediction=v_prediction"),
         (["--config.optim.name=lion"], "optim.name is 'lion', expected one of adamw, adafactor"),
         (["--config.data.batch_size=0"], "config.data.batch_size is 0, expected 1 or more"),
         (["--config.data.resolution=0"], "config.data.resolution is 0, expected 1 or more"),
+        (["--config.data.path="], "config.data.path is '', expected a folder of data_gen.pack"),
+        (["--config.data.resize_max=9"], "resize_max 9: expected at least config.data.res"),
+        (["--config.data.resize_min=9"], "config.data.resize_min is 9, config.data.resize_max 16"),
+        (["--config.data.resize_min=20", "--config.data.resize_max=18"], "not above the other"),
         (["--config.data.flip=1.5"], "config.data.flip is 1.5, expected 0 to 1"),
         (["--config.checkpoint.every=0"], "config.checkpoint.every is 0, expected 1 or more"),
         (["--config.log.samples_every=-1"], "config.log.samples_every is -1, expected 0 or more"),
@@ -93,6 +85,39 @@ def test_wrong_options(more, line, capsys, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+USELESS = [
+    ("shapes/vae", "remat=full", "'full', without effect with config.objective.kind=vae"),
+    ("shapes/vae", "objective.drop_rate=0.1", "0.1, without effect with config.objective"),
+    ("shapes/vae", "model.tokenizer=x", "'x', without effect with config.objective.kind=vae"),
+    ("shapes/clip", "model.train_text=True", "True, without effect with config.objective"),
+    ("shapes/clip", "model.vae=x", "'x', without effect with config.objective.kind=clip"),
+    ("shapes/sd", "objective.kl_weight=1.0", "1.0, without effect with config.objective.kind=gen"),
+    ("shapes/edit", "model.prediction=v_prediction", "'v_prediction', without effect with a c"),
+    ("shapes/edit", "lora.alpha=8.0", "8.0, without effect without config.lora.rank"),
+]
+
+
+@pytest.mark.parametrize(("file", "option", "line"), USELESS)
+def test_no_setting_is_without_effect(file, option, line):
+    name = option.partition("=")[0]
+    with pytest.raises(ValueError, match=f"^config.{name} is {line}"):
+        parse(f"--config.{option}", file=CONFIGS / f"{file}.py")
+
+
+def test_dimensions_of_what_is_not_trained():
+    for one, other in (("vae", "sd"), ("sd", "vae"), ("sd", "clip")):
+        cfg, wrong = (parse(file=CONFIGS / "shapes" / f"{name}.py") for name in (one, other))
+        cfg.model.dims, cfg.model.clip = wrong.model.dims, wrong.model.clip
+        with pytest.raises(ValueError, match="^config.model.*, without effect with config.obj"):
+            config.check(cfg)
+
+
+def test_adafactor_has_no_use_for_the_settings_of_adam():
+    parse("--config.optim.name=adafactor")
+    with pytest.raises(ValueError, match="^config.optim.b1 is 0.5, without effect with config.opt"):
+        parse("--config.optim.name=adafactor", "--config.optim.b1=0.5")
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
@@ -110,6 +135,13 @@ def test_wrong_files(args, line, capsys, tmp_path):
     assert train.main([arg.format(config=TINY, tmp=tmp_path) for arg in args]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+
+
+def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
+    """Before anything is read."""
+    (tmp_path / "file").touch()
+    assert train.main([f"--config={TINY}", f"--workdir={tmp_path / 'file' / 'run'}"]) == 2
+    assert f"no file can be made in {tmp_path / 'file'} (" in capsys.readouterr().err
 
 
 def test_no_other_hosts(capsys, tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ def evil(path: Path) -> Path:
     [
         ("nothing", "out", [], "nothing: no such file or folder"),
         ("folder", "folder", [], "folder: is already there"),
+        ("nothing", "cut.safetensors/out", [], "no file can be made in"),
         ("folder", "out.ckpt", ["--format", "ldm"], "a name that ends in .safetensors"),
         ("folder", "out", ["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         ("folder", "out", ["--variant", "fp16"], "model.fp16.safetensors: no such file"),

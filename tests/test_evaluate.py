@@ -145,6 +145,19 @@ def test_more_points_and_samples_only_add(options, made, compiled, tmp_path):
         assert (out / name).read_bytes() == (made / name).read_bytes()
 
 
+def test_points_that_are_half_done_are_left_out_and_named(options, compiled, tmp_path, capsys):
+    """Of 6 examples an earlier command did 3 at 1.6; the command with that point does the rest."""
+    out = tmp_path / "eval"
+    line = [*options, "--pictures", "0", "--output", str(out), "--image-guidance"]
+    assert evaluate.main([*line, "1.6", "--samples", "3"]) == 0
+    capsys.readouterr()
+    assert evaluate.main([*line, "1.0"]) == 0
+    said = "Left out, for not all of the 6 examples are done there: text 7.5, image 1.6: 3."
+    assert said in capsys.readouterr().out and said in (out / "table.md").read_text()
+    assert evaluate.main([*line, "1.6"]) == 0
+    assert "Left out" not in capsys.readouterr().out + (out / "table.md").read_text()
+
+
 def test_a_grid_of_both_scales(options, compiled, tmp_path):
     out = tmp_path / "eval"
     more = ["--text-guidance", "5,7.5", *POINTS, "--samples", "2", "--output", str(out)]
@@ -365,6 +378,7 @@ def unopened(monkeypatch) -> None:
         (["--data", "none"], "none is not there, expected an evaluation set"),
         (["--fit", "squeeze"], "--fit"),
         (["--layout", "parquet"], "parquet"),
+        (["--output", "/dev/null"], "output folder /dev/null: no file can be made in /dev/null"),
     ],
 )
 def test_wrong_input_is_one_line(options, unopened, capsys, tmp_path, more, words):

@@ -101,6 +101,22 @@ def test_a_program_serves_all_arguments_of_its_kind(folder):
     assert len(program.compiled) == len(kept(folder)) == 1
 
 
+def test_damaged_files_are_not_run(folder):
+    """A flipped bit wherever it is, a truncated file, an empty one: another is made."""
+    x = jnp.ones(3)
+    Program(double, "double")(x)
+    [path] = kept(folder)
+    whole = path.read_bytes()
+    places = np.linspace(0, len(whole) - 1, 20, dtype=int)
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in places]
+    devices = list(x.devices())
+    for content in (*flipped, whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        assert programs.read(path, devices) is None
+    np.testing.assert_array_equal(Program(double, "double")(x), 2 * x)
+    assert path.read_bytes() != b"" and programs.read(path, devices) is not None
+
+
 def test_where_nothing_can_be_kept(folder, tmp_path):
     """Without an identity, without a cache, and on a disk that takes no file."""
     x = jnp.ones(3)

@@ -65,6 +65,28 @@ def test_a_folder_that_was_hardly_begun_is_begun(tmp_path):
         storage.open_folder(str(tmp_path), {"seed": 1}, "a test")
 
 
+@pytest.mark.parametrize("action", ["another file", "another folder", "below a file"])
+def test_outputs_that_cannot_be_are_found_early(tmp_path, action):
+    """A folder that is there and ours, or is not there yet, is let pass, and left as it is."""
+    for fine in (tmp_path / "new" / "deep", tmp_path):
+        storage.check_folder(str(fine), "a test")
+    storage.open_folder(str(tmp_path), {"seed": 1}, "a test")
+    storage.check_folder(str(tmp_path), "a test")
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.touch()
+    folder.mkdir()
+    (folder / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    wrong, words = {
+        "another file": (file, f"^output folder {file}: no file can be made in {file}"),
+        "another folder": (folder, f"^{folder} is already there and not a folder of a test"),
+        "below a file": (file / "x", f"^output folder {file}/x: no file can be made in {file} "),
+    }[action]
+    with pytest.raises(ValueError, match=words):
+        storage.check_folder(str(wrong), "a test")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_another_host_begins_the_folder_meanwhile(tmp_path, monkeypatch):
     """Between our two looks: then its settings count."""
     file, looks = epath.Path(tmp_path) / "settings.json", []

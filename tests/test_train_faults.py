@@ -180,17 +180,13 @@ def test_hosts_that_do_not_fit_together(options, tmp_path, capsys):
         assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-"""Processes here compile more than they compute."""
-
-
 class Process:
     """A command that runs, and what it has said so far."""
 
     def __init__(self, options: list[str], workdir: Path, *more: str, devices: int = 1):
         self.process = subprocess.Popen(
             [*command(options, workdir), *more],
-            env=os.environ | QUICK | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -28,10 +28,12 @@ STEPS = 20
 
 @contextlib.contextmanager
 def one_device_only() -> Iterator[None]:
-    """One device, in the processes started here and in this one; its signal handler is restored."""
-    before = signal.getsignal(signal.SIGTERM)
+    """One device, in the processes started here and in this one; its signal handler is restored.
+    Those processes spend their time compiling, so they do it quickly."""
+    before, flags = signal.getsignal(signal.SIGTERM), os.environ.get("XLA_FLAGS", "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_NUM_CPU_DEVICES", "1")
+        patch.setenv("XLA_FLAGS", f"{flags} --xla_backend_optimization_level=0")
         patch.setattr(mesh, "make_mesh", lambda cfg: grid(1, 1))
         yield
     signal.signal(signal.SIGTERM, before)

@@ -19,24 +19,6 @@ from ip2p_jax.data.transforms import captioned, example
 from ip2p_jax.types import Batch, CaptionedBatch, LatentBatch
 
 
-def check(cfg: Data, seed: int, host_count: int) -> None:
-    """Refuses settings that cannot work; ValueError names the option."""
-    highest, lowest = cfg.resize_max or cfg.resolution, cfg.resize_min or cfg.resolution
-    if cfg.batch_size < 1 or cfg.batch_size % host_count:
-        raise ValueError(
-            f"data.batch_size={cfg.batch_size} must be a multiple of {host_count} hosts"
-        )
-    if not cfg.resolution <= lowest <= highest:
-        raise ValueError(
-            f"data.resize_min={lowest}, data.resize_max={highest}: must be at least "
-            f"data.resolution={cfg.resolution}, and the first not above the second"
-        )
-    if not 0 <= cfg.flip <= 1:
-        raise ValueError(f"data.flip={cfg.flip} must be a probability")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must be between 0 and 2^32 - 1")
-
-
 class Kind(NamedTuple):
     """What a batch consists of: `see` takes arrays and, last, a text from a record of `source`, cut
     to the sides of a bucket; `batch` is made of the stacked arrays and the tokens."""
@@ -233,10 +215,13 @@ def make_loader(
     Data sets take turns by their weights, row by row; buckets by their prompts, batch by batch. All
     draws belong to the position in the global order, so 1, 2 and 4 hosts see the same global
     batches. `tokenizer` is a transformers.CLIPTokenizer.
-    Raises ValueError or FileNotFoundError for wrong options, a folder that is none, or damaged
-    shards; a worker that dies raises RuntimeError.
+    Raises ValueError or FileNotFoundError for a batch that hosts cannot share, a folder that is
+    none, or damaged shards; a worker that dies raises RuntimeError.
     """
-    check(cfg, seed, host_count)
+    if cfg.batch_size % host_count:
+        raise ValueError(
+            f"config.data.batch_size is {cfg.batch_size}, expected a multiple of {host_count} hosts"
+        )
     of, seeds, rows = buckets(cfg), itertools.count(seed), cfg.batch_size // host_count
     opened = [open_set(path, weight, cfg, kind) for path, weight in folders(cfg).items()]
     batches = []

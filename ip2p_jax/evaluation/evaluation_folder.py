@@ -24,6 +24,9 @@ from ip2p_jax.storage import json_lines, open_folder, retried, write_whole
 
 Line = dict[str, Any]
 
+KIND = "an evaluation"
+"""What the folder is of, in words."""
+
 
 @dataclass(frozen=True)
 class EvaluationFolder:
@@ -35,7 +38,7 @@ class EvaluationFolder:
     @classmethod
     def open(cls, path: str, settings: dict[str, Any], axis: str) -> "EvaluationFolder":
         """Opens a folder, or begins one. ValueError names the settings in which they differ."""
-        return cls(open_folder(path, settings, "an evaluation"), axis)
+        return cls(open_folder(path, settings, KIND), axis)
 
     def unit(self, number: int) -> epath.Path:
         return self.path / "units" / f"{number:06d}.jsonl"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All scores of a batch of results, inside one compiled program.
 
-What does not change along a curve, the embeddings of inputs, targets and captions, is computed once
-an example: `refer`; then each result is scored against it: `score`.
+What does not change along a curve is computed once: the embeddings of targets and captions,
+`refer`, and those of inputs, `see`, which in a later turn are results. Then each result is scored
+against them: `score`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,19 +42,24 @@ OF_OUTPUT_CAPTION = ("clip_text",)
 
 
 class Compared(NamedTuple):
-    """What results are compared with, one row an example; zeros where there is nothing."""
+    """What results are compared with beside their inputs, one row an example; zeros where there is
+    nothing."""
 
-    inputs: UInt8[Any, "b h w 3"]
     targets: UInt8[Any, "b h w 3"]
     captions: Int32[Any, "b 2 m"]  # CLIP's tokens of the captions before and after
 
 
-class References(NamedTuple):
-    """The same, embedded."""
+class Seen(NamedTuple):
+    """Pictures, and what the networks at hand make of them."""
 
-    compared: Compared
-    inputs: dict[str, Float[Array, "b e"]]
-    targets: dict[str, Float[Array, "b e"]]
+    pictures: UInt8[Any, "b h w 3"]
+    embeddings: dict[str, Float[Array, "b e"]]
+
+
+class References(NamedTuple):
+    """`Compared`, embedded."""
+
+    targets: Seen
     captions: Float[Array, "b 2 e"]
 
 
@@ -91,28 +97,27 @@ class Scorer:
             embeddings["dino"] = embed_pictures(self.graphdefs["dino"], params["dino"], pictures)
         return embeddings
 
+    def see(self, params: Params, pictures: UInt8[Array, "b h w 3"]) -> Seen:
+        """Embeds pictures of files."""
+        return Seen(pictures, self.embed(params, pictures, to_pixels(pictures)))
+
     def refer(self, params: Params, compared: Compared) -> References:
-        """Embeds what results will be compared with."""
-        inputs, targets = (
-            self.embed(params, pictures, to_pixels(pictures))
-            for pictures in (compared.inputs, compared.targets)
-        )
-        captions = jnp.zeros((len(compared.inputs), 2, 1))
+        """Embeds what results will be compared with beside their inputs."""
+        captions = jnp.zeros((len(compared.targets), 2, 1))
         if "clip" in self.graphdefs:
             texts = compared.captions.reshape(-1, compared.captions.shape[-1])
             embedded = embed_texts(self.graphdefs["clip"], params["clip"], texts)
             captions = embedded.reshape(-1, 2, embedded.shape[-1])
-        return References(compared, inputs, targets, captions)
+        return References(self.see(params, compared.targets), captions)
 
-    def score(self, params: Params, known: References, x: Float[Array, "b h w 3"]) -> Scores:
-        """Scores results, given as pixels, about in [-1, 1]."""
+    def score(
+        self, params: Params, inputs: Seen, known: References, x: Float[Array, "b h w 3"]
+    ) -> Scores:
+        """Scores results of these inputs, given as pixels, about in [-1, 1]."""
         result = to_uint8(x)
         embedded = self.embed(params, result, x)
         scores: Scores = {}
-        for suffix, pictures, embeddings in (
-            ("_input", known.compared.inputs, known.inputs),
-            ("", known.compared.targets, known.targets),
-        ):
+        for suffix, (pictures, embeddings) in (("_input", inputs), ("", known.targets)):
             pixels = pixel_scores(result, pictures)
             scores |= {name + suffix: value for name, value in pixels._asdict().items()}
             if "lpips" in self.graphdefs:
@@ -123,10 +128,11 @@ class Scorer:
                 scores["dino" + suffix] = dot(unit(embedded["dino"]), unit(embeddings["dino"]))
         if "clip" in self.graphdefs:
             before, after = known.captions[:, 0], known.captions[:, 1]
-            of_clip = clip_scores(known.inputs["clip"], embedded["clip"], before, after)
+            of_clip = clip_scores(inputs.embeddings["clip"], embedded["clip"], before, after)
             scores["clip_image"], scores["clip_text"] = of_clip.sim_image, of_clip.sim_1
             scores["clip_direction"] = of_clip.sim_dir
-            scores["clip_target"] = dot(unit(embedded["clip"]), unit(known.targets["clip"]))
+            target = known.targets.embeddings["clip"]
+            scores["clip_target"] = dot(unit(embedded["clip"]), unit(target))
         return scores
 
 

@@ -30,13 +30,21 @@ def all_lines(folder: EvaluationFolder, plan: Plan) -> list[Line]:
     )
 
 
-def whole_points(folder: EvaluationFolder, plan: Plan, lines: Sequence[Line]) -> list[Line]:
-    """Without the points that an earlier command left before all of the examples were done."""
+def unfinished(folder: EvaluationFolder, plan: Plan, lines: Sequence[Line]) -> dict[Point, int]:
+    """The points that an earlier command left before all of the examples were done, and of how
+    many it has lines."""
     done: dict[Point, set[int]] = {}
     for line in lines:
         done.setdefault(folder.point(line), set()).add(line["index"])
-    wanted = set(plan.order)
-    return [line for line in lines if done[folder.point(line)] == wanted]
+    return {point: len(x) for point, x in done.items() if x != set(plan.order)}
+
+
+def unfinished_words(sweep: Sweep, plan: Plan, half: dict[Point, int]) -> list[str]:
+    """What is said of points that are left out."""
+    if not half:
+        return []
+    named = "; ".join(f"{sweep.words(point)}: {n}" for point, n in half.items())
+    return [f"Left out, for not all of the {len(plan.order)} examples are done there: {named}.", ""]
 
 
 def skipped_words(lines: Sequence[Line]) -> list[str]:
@@ -49,12 +57,16 @@ def skipped_words(lines: Sequence[Line]) -> list[str]:
     return [f"Skipped at some point: {count} examples, the first {name}: {reason}.", ""]
 
 
-def summarise(sweep: Sweep, folder: EvaluationFolder, plan: Plan) -> list[Line]:
-    """Writes all there is to be said of the evaluation; returns the lines of its points."""
-    lines = whole_points(folder, plan, all_lines(folder, plan))
+def summarise(sweep: Sweep, folder: EvaluationFolder, plan: Plan) -> str:
+    """Writes all there is to be said of the evaluation; returns the table of its points."""
+    lines = all_lines(folder, plan)
+    half = unfinished(folder, plan, lines)
+    lines = [line for line in lines if folder.point(line) not in half]
     points = report.points([line for line in lines if line["kind"] == "example"])
     folder.write("metrics.jsonl", json_lines([*lines, *points]))
-    folder.write("table.md", "\n".join([report.table(points), *skipped_words(lines)]).encode())
+    notes = [*skipped_words(lines), *unfinished_words(sweep, plan, half)]
+    table = "\n".join([report.table(points), *notes])
+    folder.write("table.md", table.encode())
     if any(all(name in point for name in CURVE) for point in points):
         folder.write("curve.png", report.curve({sweep.method.name: points}, *CURVE))
     skipped = skipped_examples(lines)
@@ -63,7 +75,7 @@ def summarise(sweep: Sweep, folder: EvaluationFolder, plan: Plan) -> list[Line]:
         several = len({p.text_guidance for p in plan.points}) > 1
         if several and sweep.method.axis == "image_guidance":
             folder.write("guidance.png", png(guidance(sweep, folder, plan, shown[0])))
-    return points
+    return table
 
 
 def samples(

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int32, UInt8
 from ip2p_jax.diffusion.grids import Grid
 from ip2p_jax.evaluation.examples import Example, ExampleSet, Turn, picture
 from ip2p_jax.evaluation.methods import Method, Rows, Start, Values
-from ip2p_jax.evaluation.scorer import Compared, References, Scorer, Scores, applicable
+from ip2p_jax.evaluation.scorer import Compared, References, Scorer, Scores, Seen, applicable
 from ip2p_jax.guided import decode_pixels
 from ip2p_jax.networks import to_uint8
 from ip2p_jax.storage import retried
@@ -90,22 +90,22 @@ class Sweep:
         self.method, self.scorer = method, scorer
         self.examples, self.shown, self.rows = examples, shown, rows
         self.model = method.model
+        self.refer = jax.jit(self.scorer.refer, out_shardings=self.model.by_row)
         self.prepare = jax.jit(self.prepare_rows, out_shardings=self.model.by_row)
         self.step = jax.jit(self.edit_and_score, out_shardings=self.model.by_row)
 
-    def prepare_rows(
-        self, params: Params, scorers: Params, rows: Rows, compared: Compared
-    ) -> tuple[Start, References]:
-        """The program that encodes: what no point of the curve changes."""
+    def prepare_rows(self, params: Params, scorers: Params, rows: Rows) -> tuple[Start, Seen]:
+        """The program that encodes what is edited: in the first turn no point changes it."""
         with jax.default_matmul_precision(self.model.precision):
             start = self.method.encode(params, rows)
-        return start, self.scorer.refer(scorers, compared)
+        return start, self.scorer.see(scorers, rows.images)
 
     def edit_and_score(
         self,
         params: Params,
         scorers: Params,
         start: Start,
+        inputs: Seen,
         known: References,
         values: Values,
         grid: Grid,
@@ -116,7 +116,7 @@ class Sweep:
             scaling = self.model.config.vae.scaling_factor
             x = decode_pixels(self.model.networks, scaling, params, z)
         finite = jnp.isfinite(x).all(axis=(1, 2, 3))
-        return Edited(to_uint8(x), finite, self.scorer.score(scorers, known, x))
+        return Edited(to_uint8(x), finite, self.scorer.score(scorers, inputs, known, x))
 
     def load(self, units: Sequence[int], indices: Sequence[Sequence[int]]) -> Batch:
         """Reads units of examples; the devices' rows that are too many repeat the first unit's."""
@@ -158,7 +158,7 @@ class Sweep:
         tokens = self.model.tokenize([self.method.text(turn) for turn in turns])
         index = np.array([i for i, *_ in rows], np.uint32)
         turn = np.full(len(rows), number, np.uint32)
-        return Rows(inputs, tokens, index, turn), Compared(inputs, targets, self.captions(turns))
+        return Rows(inputs, tokens, index, turn), Compared(targets, self.captions(turns))
 
     def captions(self, turns: Sequence[Turn]) -> Int32[np.ndarray, "b 2 m"]:
         """CLIP's tokens of the captions before and after, "" where there is none."""
@@ -175,16 +175,16 @@ class Sweep:
         """
         params, scorers, put = self.model.params, self.scorer.params, jax.device_put
         placed = put(batch.turns, self.model.by_row)
-        first = self.prepare(params, scorers, *placed[0])
+        known = [self.refer(scorers, compared) for _, compared in placed]
+        first = self.prepare(params, scorers, placed[0][0])
         for scales in points:
             grid = put(self.method.grid(float(scales[0, 1])), self.model.replicated)
             values = Values(*put(tuple(scales.T.astype(np.float32)), self.model.by_row))
-            turns = [self.step(params, scorers, *first, values, grid)]
-            for rows, compared in placed[1:]:
-                before = turns[-1].pictures
-                edited = rows._replace(images=before), compared._replace(inputs=before)
-                prepared = self.prepare(params, scorers, *edited)
-                turns.append(self.step(params, scorers, *prepared, values, grid))
+            turns = [self.step(params, scorers, *first, known[0], values, grid)]
+            for (rows, _), of_turn in zip(placed[1:], known[1:], strict=True):
+                edited = rows._replace(images=turns[-1].pictures)
+                prepared = self.prepare(params, scorers, edited)
+                turns.append(self.step(params, scorers, *prepared, of_turn, values, grid))
             yield Result(batch, scales, turns)
 
     def everywhere(self, point: Point) -> Scales:

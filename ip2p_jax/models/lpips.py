@@ -103,13 +103,12 @@ class LPIPS(nnx.Module):
         if min(h, w) < self.smallest:
             least = f"{self.smallest} x {self.smallest}"
             raise ValueError(f"LPIPS of pictures of {w} x {h} pixels, expected at least {least}")
-        x = jnp.concatenate([a, b])
-        x = (x - jnp.array(SHIFT)[None, None, None]) / jnp.array(SCALE)[None, None, None]
+        shift, scale = (jnp.array(x)[None, None, None] for x in (SHIFT, SCALE))
+        a, b = (a - shift) / scale, (b - shift) / scale  # never joined: rows stay on their devices
         distance = jnp.zeros(len(a))
         for stage, head in zip(self.stages, self.heads, strict=True):
-            x = stage(x)
-            y = directions(x)
-            weighted = head((y[: len(a)] - y[len(a) :]) ** 2)
+            a, b = stage(a), stage(b)
+            weighted = head((directions(a) - directions(b)) ** 2)
             distance += jnp.mean(jnp.mean(weighted, axis=(2, 3)), axis=1)
         return distance
 

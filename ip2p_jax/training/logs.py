@@ -5,6 +5,7 @@ The only place that asks which process this is: process 0 writes, every process 
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ip2p_jax import config
+from ip2p_jax.storage import write_whole
 from ip2p_jax.training.events import Events
 from ip2p_jax.training.state import Metrics
 
@@ -39,13 +41,9 @@ def warn(text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
+    """Writes a file, whole or not at all, once for all hosts."""
     if writes():
-        path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_bytes(data)
-        part.replace(path)
+        write_whole(epath.Path(path), data)
 
 
 def write_json(path: str | os.PathLike, tree: dict) -> None:
@@ -66,11 +64,12 @@ def append(path: epath.Path, text: str) -> None:
 
 
 def drop_after(path: epath.Path, step: int) -> None:
-    """Drops lines after `step`: what a killed run logged beyond its last checkpoint."""
+    """Drops lines after `step` of this host's file: what a killed run logged beyond its last
+    checkpoint."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        write_whole(path, "".join(line + "\n" for line in kept).encode())
 
 
 def total(count: int) -> int:
@@ -105,9 +104,9 @@ class Logs:
         self.events: Events | None = None
         self.time: float | None = None
         self.timed = 0
+        drop_after(self.report, step)
         if writes():
             drop_after(self.path, step)
-            drop_after(self.report, step)
             self.events = Events(workdir, step + 1)
             self.progress = Progress(
                 TextColumn("step"),
@@ -165,9 +164,9 @@ class Logs:
     def paused(self) -> Iterator[None]:
         """Stops the clock of `examples_per_second`: for saves and grids, which are no steps."""
         self.wait()
-        start = time.monotonic()
+        start, runs = time.monotonic(), self.time is not None
         yield
-        if self.time is not None:
+        if runs and self.time is not None:  # else it was started within, by the first step
             self.time += time.monotonic() - start
 
     def flush(self, examples: int, broken: Sequence[str] = ()) -> None:
@@ -279,11 +278,9 @@ class Logs:
         rows = [np.concatenate(row, axis=1) for row in zip(*columns, strict=True)]
         picture = np.concatenate(rows)
         with self.storage_may_fail():
-            self.samples.mkdir(parents=True, exist_ok=True)
-            part = self.samples / f".{step:08d}.png.part"
-            with part.open("wb") as file:
-                Image.fromarray(picture).save(file, format="PNG")
-            part.replace(self.samples / f"{step:08d}.png")
+            encoded = io.BytesIO()
+            Image.fromarray(picture).save(encoded, "PNG")
+            write_whole(self.samples / f"{step:08d}.png", encoded.getvalue())
             if self.events:
                 self.events.image(step, "samples", picture)
 

@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ip2p_jax import config
+from ip2p_jax.cli import check_writable
 from ip2p_jax.training import (
     checkpoint,
     events,
@@ -63,6 +65,8 @@ def set_up(cfg: config.Config, workdir: str, override: list[str], distributed: b
 
     Raises ValueError or OSError, in one line, for whatever is wrong with the input.
     """
+    if "://" not in workdir:
+        check_writable(Path(workdir))
     devices = mesh.make_mesh(cfg.mesh)
     rows = mesh.rows_in_place(devices, cfg.data.batch_size, cfg.optim.accumulate)
     with contextlib.ExitStack() as opened:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what a user calls a model to files on this machine: paths, embedded models, hub ids."""
 
+import atexit
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -85,11 +87,12 @@ def locate_clip(model: str, revision: str | None) -> Path:
 def fetch(source: epath.Path) -> Path:
     """Copies the configuration and frozen parts of a run in a bucket to this machine.
 
-    The checkpoints stay there: orbax restores from buckets.
+    The checkpoints stay there: orbax restores from buckets. The copy goes when the process ends.
     """
     if not (source / "base").is_dir():
         raise FileNotFoundError(f"{source}: not a run directory (no base/ inside)")
     target = Path(tempfile.mkdtemp(prefix="ip2p_jax-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
     copy_tree(source / "base", target)
     return target
 
@@ -134,11 +137,16 @@ def weight_patterns(folder: str, variant: str | None) -> list[str]:
     return names + ([f"{stem}{dot}-?????-of-?????.safetensors"] if variant else [])
 
 
-def download(model: str, revision: str | None, wanted: list[str]) -> Path:
-    """Returns the local snapshot of a hub id; without network, what the cache holds of it."""
+def download(model: str, revision: str | None, wanted: list[str], kind: str = "model") -> Path:
+    """Returns the local snapshot of a hub id; without network, what the cache holds of it.
+
+    kind: of the repository, "model" or "dataset".
+    """
     at = f"{model} (revision {revision})" if revision else model
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=wanted, repo_type=kind)
+        )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
             f"{at}: no such file or folder; as a hub id it is not in the local cache, and the hub "

@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ip2p_jax.cli import atomic_path
+
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -81,19 +83,14 @@ def write(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                data = cast(name, tensors[name], kept[name])
-                file.write(data.reshape(-1).view(np.uint8).data)
-                progress(data.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_path(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            data = cast(name, tensors[name], kept[name])
+            file.write(data.reshape(-1).view(np.uint8).data)
+            progress(data.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:

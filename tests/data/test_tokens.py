@@ -2,6 +2,7 @@
 """Texts become tokens of fixed length, with the padding of the tokenizer's own files."""
 
 import numpy as np
+import pytest
 from transformers import CLIPTokenizer
 
 from ip2p_jax.data.tokens import tokenize
@@ -34,3 +35,8 @@ def test_a_shorter_text_tower():
     tokens = tokenize(CLIPTokenizer.from_pretrained(FOLDER), ["word " * 300], 20)
     assert tokens.shape == (1, 20)
     assert tokens[0, 19] == 49407
+
+
+def test_no_texts_are_one_line():
+    with pytest.raises(ValueError, match="^no texts to tokenize"):
+        tokenize(CLIPTokenizer.from_pretrained(FOLDER), [])

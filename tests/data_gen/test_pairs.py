@@ -283,6 +283,14 @@ def test_wrong_input_is_one_line(options, made, capsys, more, expected):
     assert expected in error and error.startswith("error: ") and "\n" not in error
 
 
+def test_outputs_are_looked_at_before_anything_is_loaded(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pairs.jobs, "load_model", None)
+    (tmp_path / "file").touch()
+    for output, words in ((tmp_path, "not a folder of pairs"), (tmp_path / "file", "no file can")):
+        assert pairs.main([*options, "--output", str(output)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_text_to_image_is_refused(options, tiny_ip2p, tmp_path, capsys):
     more = ["--model", str(tiny_ip2p), "--output", str(tmp_path / "pairs")]
     assert pairs.main([*options, *more]) == 2

@@ -87,9 +87,9 @@ def scores(scorer: Scorer, inputs, targets, results) -> dict[str, np.ndarray]:
     tokens = np.zeros((4, 2, 1), np.int32)
     if scorer.clip is not None:
         tokens = scorer.clip.tokenize(texts).reshape(4, 2, -1)
-    compared = Compared(inputs, targets, tokens)
-    known = jax.jit(scorer.refer)(scorer.params, compared)
-    return jax.tree.map(np.asarray, jax.jit(scorer.score)(scorer.params, known, results))
+    seen = jax.jit(scorer.see)(scorer.params, inputs)
+    known = jax.jit(scorer.refer)(scorer.params, Compared(targets, tokens))
+    return jax.tree.map(np.asarray, jax.jit(scorer.score)(scorer.params, seen, known, results))
 
 
 @pytest.fixture(scope="module")

@@ -133,13 +133,14 @@ def test_an_example_is_encoded_once_over_a_grid(sweep, tmp_path):
     """And not at all where nothing is missing. Control: a run for each point encodes as often."""
     counted, encoded, edited = copy.copy(sweep), Counter(), Counter()
 
-    def prepare(params, scorers, rows, compared):
+    def prepare(params, scorers, rows):
         encoded.update(np.asarray(rows.index).tolist())
-        return sweep.prepare(params, scorers, rows, compared)
+        return sweep.prepare(params, scorers, rows)
 
-    def step(params, scorers, start, known, values, grid):
+    def step(*args):
+        *_, values, _ = args
         edited.update(zip(*(np.asarray(x).tolist() for x in values), strict=True))
-        return sweep.step(params, scorers, start, known, values, grid)
+        return sweep.step(*args)
 
     counted.prepare, counted.step = prepare, step
     points = [Point(s, round(i, 1)) for s in (5.0, 7.5) for i in (1.0, 1.6, 2.2)]
@@ -204,7 +205,7 @@ def test_a_later_turn_edits_the_result_of_the_turn_before(sweep, sessions):
     def edit(images: np.ndarray) -> np.ndarray:
         tokens = sweep.model.tokenize([turn.instruction for turn in texts])
         rows = Rows(images, tokens, np.array([1, 2], np.uint32), np.array([1, 1], np.uint32))
-        compared = Compared(images, images, sweep.captions(texts))
+        compared = Compared(images, sweep.captions(texts))
         again = batch._replace(turns=[(rows, compared)])
         [edited] = sweep.results(again, [sweep.everywhere(POINTS[0])])
         return np.asarray(edited.turns[0].pictures)
@@ -215,6 +216,25 @@ def test_a_later_turn_edits_the_result_of_the_turn_before(sweep, sessions):
     lines = [x for _, x in sessions.lines(result) if (x["index"], x["turn"]) == (1, 2)]
     given = abs(second[0].astype(float) - first[0]).mean() / 255
     assert lines[0]["l1_input"] == pytest.approx(given, rel=1e-5)
+
+
+def test_targets_are_embedded_once_a_turn(sessions):
+    """Over all points, whose results are the inputs of the next turn."""
+    counted, calls = copy.copy(sessions), Counter()
+
+    def count(name: str):
+        def call(*args):
+            calls[name] += 1
+            return getattr(sessions, name)(*args)
+
+        return call
+
+    counted.refer, counted.prepare = count("refer"), count("prepare")
+    batch = counted.load([0], [[1, 2]])
+    [one, other] = counted.results(batch, map(counted.everywhere, POINTS))
+    assert calls == {"refer": 3, "prepare": 1 + 2 * 2}
+    scores = [np.asarray(x.turns[2].scores["clip_target"]) for x in (one, other)]
+    assert np.all(scores[0] != scores[1])
 
 
 def test_more_samples_begin_with_the_same():

@@ -5,6 +5,7 @@ The backbones have random weights, the linear layers are the released ones, of w
 has copies.
 """
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import lpips as theirs
 
+from ip2p_jax.devices import shardings
 from ip2p_jax.models import lpips as module
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.lpips import LPIPS, lpips
@@ -54,6 +56,21 @@ def case(request, tmp_path_factory) -> Case:
     with pytest.MonkeyPatch.context() as patch:  # in the place of torchvision's
         patch.setattr(theirs, "_get_tv_model_features", lambda *_: features)
         return Case(pretrained, graphdef, theirs._NoTrainLpips(net=request.param))
+
+
+def test_rows_stay_on_their_devices():
+    """On eight devices no features pass between them. Control: batches that are joined."""
+    graphdef, params = abstract(LPIPS, module.ALEX)
+    by_row = shardings(jax.devices()).by_row
+    rows = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8, sharding=by_row)
+    moves = ("all-to-all", "collective-permute", "all-gather")
+
+    def moved(function) -> bool:
+        program = jax.jit(function, out_shardings=by_row).lower(params, rows, rows).compile()
+        return any(move in program.as_text() for move in moves)
+
+    assert not moved(functools.partial(lpips, graphdef))
+    assert moved(lambda params, a, b: 2.0 * jnp.concatenate([a, b])[8:24])
 
 
 ALEX_ONLY = pytest.mark.parametrize("case", ["alex"], indirect=True)

@@ -2,6 +2,7 @@
 """Claims: a line is the mean of its steps, each step is on one line, skipped ones are counted, and
 too many of them, or parameters that are not finite, end the run."""
 
+import contextlib
 import json
 import sys
 import time
@@ -57,6 +58,20 @@ def test_saves_and_grids_are_no_steps(tmp_path, monkeypatch):
     assert lines(tmp_path)[0]["examples_per_second"] == 4.0
 
 
+def test_steps_that_compile_are_not_timed(tmp_path, monkeypatch):
+    """4 rows a step: the first compiles for 100 seconds, as does the third, others take one."""
+    now = [0.0]
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with logs.open_logs(str(tmp_path), 0, CFG) as log:
+        for step, compiles in enumerate((True, False, True, False), 1):
+            with log.paused() if compiles else contextlib.nullcontext():
+                now[0] += 100 * compiles
+                log.add(step, metrics(1.0))
+            now[0] += 1
+        log.flush(4)
+    assert lines(tmp_path)[0]["examples_per_second"] == 3 * 4 / 4
+
+
 def test_steps_beyond_the_checkpoint_are_dropped(tmp_path):
     """What a killed run wrote after its last checkpoint, and the line it was writing."""
     with logs.open_logs(str(tmp_path), 0, CFG) as log:
@@ -69,6 +84,17 @@ def test_steps_beyond_the_checkpoint_are_dropped(tmp_path):
         log.add(5, metrics(50))
         log.flush(1)
     assert [line["loss"] for line in lines(tmp_path)] == [1, 2, 3, 4, 50]
+
+
+def test_every_host_drops_what_it_reported_beyond_the_checkpoint(tmp_path, monkeypatch):
+    """Each has a file of its own; the others are left alone."""
+    monkeypatch.setattr(logs.jax, "process_index", lambda: 1)
+    for name in ("broken-0.jsonl", "broken-1.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text("".join(f'{{"step": {n}}}\n' for n in (1, 2, 3)))
+    with logs.open_logs(str(tmp_path), 2, CFG):
+        pass
+    left = {path.name: path.read_text().count("\n") for path in tmp_path.iterdir()}
+    assert left == {"broken-0.jsonl": 3, "broken-1.jsonl": 2, "metrics.jsonl": 3}
 
 
 def skipped() -> dict:

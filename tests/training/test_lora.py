@@ -309,7 +309,8 @@ def test_targets_that_are_no_layers(base, targets):
 )
 def test_configurations_that_no_lora_can_have(change, line):
     with pytest.raises(ValueError, match=line):
-        config.check(config.Config(**{"lora": config.Lora(rank=4), **change}))
+        given = dict(lora=config.Lora(rank=4), data=config.Data(path="packed"))
+        config.check(config.Config(**{**given, **change}))
 
 
 def test_use(base, exported, tmp_path, monkeypatch, capsys):

@@ -69,7 +69,15 @@ Score = Callable[
 
 
 def score_of(schedule: Schedule, objective: config.Objective, remat: str) -> Score:
-    """What the UNet is trained for, at which cost in memory."""
+    """What the UNet is trained for, at which cost in memory.
+
+    Raises ValueError where the last timestep, which has no signal, would have no weight.
+    """
+    if schedule.zero_terminal and objective.min_snr_gamma:
+        raise ValueError(
+            f"config.objective.min_snr_gamma is {objective.min_snr_gamma}, expected 0: with zero "
+            "terminal SNR the last timestep would have no weight"
+        )
 
     def score(unet: Any, keys, z0, cond, null_text) -> tuple[Float[Array, ""], Metrics]:
         network = functools.partial(unet, remat=REMAT[remat])

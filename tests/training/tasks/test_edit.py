@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claim: the samples that a run shows are the edits that the Editor makes, by seeds 0, 1, ..."""
+"""Claims: the samples that a run shows are the edits that the Editor makes, by seeds 0, 1, ...; no
+timestep is left without weight."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ from PIL import Image
 
 from ip2p_jax.config import Objective
 from ip2p_jax.data.tokens import tokenize
-from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
+from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, from_diffusers
 from ip2p_jax.editor import Editor
+from ip2p_jax.training.tasks.diffusion import score_of
 from ip2p_jax.training.tasks.edit import edit_task
 from ip2p_jax.training.tasks.task import given
-from ip2p_jax.weights.load import Pretrained
+from ip2p_jax.weights.load import ZERO_TERMINAL_SNR, Pretrained
 from ip2p_jax.weights.names import Names
 from tests.oracles import small_tokenizer
 from tests.training import tiny
@@ -50,3 +52,13 @@ def test_samples_are_edits(trained):
 
     assert np.abs(samples - edits([0, 1])).max() <= 1
     assert np.abs(samples - edits([1, 0])).max() > 5  # control: other noise
+
+
+def test_min_snr_weights_and_zero_terminal_snr():
+    """Whether the configuration or the base model says that the last timestep is pure noise."""
+    weighted = Objective(min_snr_gamma=5.0)
+    pure = from_diffusers(ZERO_TERMINAL_SNR)
+    with pytest.raises(ValueError, match="config.objective.min_snr_gamma is 5.0, expected 0: with"):
+        score_of(pure, weighted, "none")
+    score_of(pure, Objective(), "none")
+    score_of(STABLE_DIFFUSION, weighted, "none")
