@@ -27,7 +27,7 @@ lint: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run launch/*.sh tests/launch/gcloud
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

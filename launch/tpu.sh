@@ -44,7 +44,7 @@ Exit codes: 0 done, 1 given up, 2 wrong input; gcloud's own where gcloud fails.
 
   export IP2P_ZONE=us-central2-b IP2P_BUCKET=gs://my-bucket/ip2p
   launch/tpu.sh up --name edits --type v4-32 --spot --data gs://my-bucket/shards \
-      -- --config.optim.lr=5e-5
+      -- --config.checkpoint.every=250
   launch/tpu.sh watch --name edits --type v4-32 --spot      # again, from any computer
   launch/tpu.sh delete --name edits
 EOF
@@ -278,7 +278,7 @@ watch() {
         resume
         return
     fi
-    local now step best=-1 restarts=0 wait
+    local now step best=-1 restarts=0 wait failed=
     until finished; do
         step=$(newest)
         if ((step > best)); then
@@ -288,9 +288,10 @@ watch() {
         now=$(condition)
         note "$now"
         case $now in
-        NONE) stop 1 "$IP2P_NAME has been deleted; resume makes it again" ;;
+        NONE) [[ $failed ]] || stop 1 "$IP2P_NAME has been deleted; resume makes it again" ;;&
         'exit 2') stop 1 "the training refuses its input: see log, or $workdir/logs" ;;
-        idle | exit* | FAILED | SUSPENDED | PREEMPTED | TERMINATED)
+        NONE | idle | exit* | FAILED | SUSPENDED | PREEMPTED | TERMINATED)
+            ! finished || continue # since it was asked above
             ((++restarts <= IP2P_RESTARTS)) ||
                 stop 1 "$IP2P_NAME: gave up after $IP2P_RESTARTS restarts without a new checkpoint"
             if ((restarts > 1)); then
@@ -298,10 +299,8 @@ watch() {
                 sleep $((wait < 900 ? wait : 900))
             fi
             say "$IP2P_NAME: restart $restarts since step $step"
-            # a process of its own: one that fails is tried again
-            "$root/launch/tpu.sh" resume -- "${training[@]}" ||
-                say "$IP2P_NAME: could not be resumed"
-            noted=
+            noted='' failed='' # and a process of its own, which may fail
+            "$root/launch/tpu.sh" resume -- "${training[@]}" || failed=1
             ;;
         esac
         sleep "$IP2P_POLL"

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkout with launch/ in it, a gcloud that is played, and what was called."""
 
+import atexit
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+OURS = ("tpu.sh", "worker.py", "gke/jobset.yaml")
 PLACE = {"NAME": "edits", "ZONE": "us-central2-b", "TYPE": "v4-32", "BUCKET": "gs://bucket/runs"}
 INSTALL = f"""mkdir -p ~/ip2p/venv/bin
 printf '#!/bin/sh\\nexec "{sys.executable}" "$@"\\n' > ~/ip2p/venv/bin/python
@@ -16,12 +20,31 @@ chmod +x ~/ip2p/venv/bin/python
 """
 
 
+@functools.cache
+def checkout() -> Path:
+    """A repository of launch/ and of what it needs; training and its installation are played."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    texts = {name: (ROOT / "launch" / name).read_text() for name in OURS}
+    texts |= {"install.sh": INSTALL, "../configs/tpu_v4.py": "", "../ip2p_jax/__init__.py": ""}
+    texts["../ip2p_jax/train.py"] = (HERE / "stub_train.py").read_text()
+    for name, text in texts.items():
+        file = folder / "launch" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (folder / "launch/tpu.sh").chmod(0o755)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "-m", "a"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
 class World:
     """Where `launch/tpu.sh` runs. `lives` are those of the slice, see tests/launch/gcloud; `host`
     says whether there is a host that runs what it is told."""
 
     def __init__(self, folder: Path, *lives: list[str], host: bool = False):
-        self.fake, self.checkout = folder / "fake", folder / "checkout"
+        self.fake, self.tools, self.checkout = folder / "fake", folder / "bin", checkout()
         (self.fake / "lives").mkdir(parents=True)
         (self.fake / "gs" / "bucket" / "runs" / "edits").mkdir(parents=True)
         if host:
@@ -30,24 +53,9 @@ class World:
             (self.fake / "lives" / str(number)).write_text("\n".join(life) + "\n")
         for name in ("life", "count", "looks"):
             (self.fake / name).write_text("0\n")
-        for file in ("tpu.sh", "worker.py", "gke/jobset.yaml"):
-            target = self.checkout / "launch" / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / "launch" / file, target)
-        for file, text in {
-            "launch/install.sh": INSTALL,
-            "configs/tpu_v4.py": "",
-            "ip2p_jax/train.py": (HERE / "stub_train.py").read_text(),
-        }.items():
-            (self.checkout / file).parent.mkdir(exist_ok=True)
-            (self.checkout / file).write_text(text)
-        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        for command in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "-m", "a"]):
-            subprocess.run(["git", *command], cwd=self.checkout, check=True)
-        tools = folder / "bin"
-        tools.mkdir()
-        (tools / "gcloud").symlink_to(HERE / "gcloud")
-        self.tools, self.environment = tools, {f"IP2P_{k}": v for k, v in PLACE.items()}
+        self.tools.mkdir()
+        (self.tools / "gcloud").symlink_to(HERE / "gcloud")
+        self.environment = {f"IP2P_{k}": v for k, v in PLACE.items()}
         self.environment |= {"IP2P_POLL": "0", "IP2P_BACKOFF": "0", "IP2P_KEEP": "0"}
 
     def tpu(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,8 +89,8 @@ class World:
         return [deed for line in lines for part, deed in names.items() if part in line]
 
     def check_calls(self) -> None:
-        """Only flags that Google documents are used, each with a project's and a zone's place; and
-        nothing is ever deleted but the slice."""
+        """Only commands and flags that Google documents are used, with their zone, and none that
+        waits for an answer; nothing is ever deleted but the slice."""
         for call in self.calls:
             command = " ".join(word for word in call[:4] if word.isidentifier() or "-" in word[1:])
             known = next(flags for name, flags in FLAGS.items() if command.startswith(name))
@@ -100,13 +108,7 @@ FLAGS = {
     "compute tpus queued-resources delete": {"--zone", "--async", "--force"},
     "compute tpus queued-resources describe": {"--zone", "--format"},
     "compute tpus tpu-vm describe": {"--zone", "--format"},
-    "compute tpus tpu-vm ssh": {
-        "--zone",
-        "--worker",
-        "--command",
-        "--internal-ip",
-        "--ssh-key-file",
-    },
+    "compute tpus tpu-vm ssh": {"--zone", "--worker", "--command", "--internal-ip"},
     "storage cp": set(),
     "storage cat": set(),
     "storage ls": set(),
