@@ -19,9 +19,8 @@ GKE or SLURM), or with --hosts N --host I. --verify reads all of DIR again.
 import argparse
 import json
 import sys
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -29,7 +28,6 @@ import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ip2p_jax import jobs
 from ip2p_jax.cli import Parser, cache_compilations, one_line_errors
@@ -187,23 +185,15 @@ def run(
     console: Console,
 ) -> None:
     """Makes what is missing of this host's shards, under a progress bar."""
-    columns = (
-        TextColumn("prompts"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} prompts/s"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     todo = [job for job in mine if not retried(lambda job=job: is_done(job), str(job.done))]
-    sizes = {job: job.stop - job.start for job in mine}
-    with Progress(*columns, console=console) as progress:
-        total, due = sum(sizes.values()), sum(sizes[job] for job in todo)
-        task = progress.add_task("", total=total, completed=total - due, rate=0.0)
-        begin, made = time.monotonic(), 0
+
+    def made() -> Iterator[int]:
         for job in todo:
             make_shard(job, sources[job.split], recipe, encoder)
-            made += sizes[job]
-            progress.update(task, advance=sizes[job], rate=made / (time.monotonic() - begin))
+            yield job.stop - job.start
+
+    total, due = (sum(job.stop - job.start for job in x) for x in (mine, todo))
+    jobs.watch("prompts", made(), total, due, console)
 
 
 def finish(folder: Path, plan: Sequence[Job], made: MadeWith, max_refused: float) -> int:

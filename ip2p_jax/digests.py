@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -19,6 +20,12 @@ from etils import epath
 FILE = "digests.json"
 THREADS = 8
 CHUNK = 2**22  # bytes
+
+
+def directory(run: str) -> epath.Path:
+    """DIR/checkpoints of a run, absolute, as orbax wants it."""
+    path = epath.Path(run)
+    return (path if "://" in run else epath.Path(Path(run).absolute())) / "checkpoints"
 
 
 def sha256(path: epath.Path) -> str:

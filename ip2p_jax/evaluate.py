@@ -20,14 +20,12 @@ noise, so devices, hosts and restarts change no number. Several hosts share the 
 
 import argparse
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ip2p_jax import jobs
 from ip2p_jax.cli import cache_compilations, one_line_errors
@@ -163,24 +161,7 @@ def with_progress(
     todo, units = missing(folder, plan, mine), plan.units
     total = sum(len(units[n]) for n in mine) * len(plan.points)
     due = sum(len(units[n]) * len(points) for n, points in todo.items())
-    watch(run(sweep, folder, plan, todo), total, due, console)
-
-
-def watch(counts: Iterable[int], total: int, due: int, console: Console) -> None:
-    """Shows a progress bar while edits are made, so many at a time."""
-    columns = (
-        TextColumn("edits"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} edits/s"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total, completed=total - due, rate=0.0)
-        begin, made = time.monotonic(), 0
-        for count in counts:
-            made += count
-            progress.update(task, advance=count, rate=made / (time.monotonic() - begin))
+    jobs.watch("edits", run(sweep, folder, plan, todo), total, due, console)
 
 
 def find(
@@ -194,7 +175,7 @@ def find(
         counts = search.search_examples(sweep, folder, plan, floor, budget)
     total = len(plan.order) * budget
     done = sum(len(folder.lines(n)) for n in range(len(plan.units)))
-    watch(counts, total, total - done, console)
+    jobs.watch("edits", counts, total, total - done, console)
     of = search.found_for_set if args.search == "set" else search.found_for_examples
     found = of(folder, plan, floor, budget)
     folder.write("search.jsonl", json_lines(search.rows(found, sweep.method.axis)))

@@ -8,8 +8,9 @@ A request is a frozen dataclass that says how one picture is made; it has `outpu
 import argparse
 import json
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,24 @@ def run(
                     write(image, Path(request.output), due[request])
             progress.advance(task, len(batch))
     return failures
+
+
+def watch(what: str, counts: Iterable[int], total: int, due: int, console: Console) -> None:
+    """Shows a progress bar while `counts` is gone through: so many of `what` were made each time.
+    `due` of the `total` are still to be made."""
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[rate]:.2f}} {what}/s"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=total, completed=total - due, rate=0.0)
+        begin, made = time.monotonic(), 0
+        for count in counts:
+            made += count
+            progress.update(task, advance=count, rate=made / (time.monotonic() - begin))
 
 
 def write(image: Image.Image, path: Path, made: dict[str, Any]) -> None:

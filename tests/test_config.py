@@ -104,14 +104,6 @@ def test_no_setting_is_without_effect(file, option, line):
         parse(f"--config.{option}", file=CONFIGS / f"{file}.py")
 
 
-def test_dimensions_of_what_is_not_trained():
-    for one, other in (("vae", "sd"), ("sd", "vae"), ("sd", "clip")):
-        cfg, wrong = (parse(file=CONFIGS / "shapes" / f"{name}.py") for name in (one, other))
-        cfg.model.dims, cfg.model.clip = wrong.model.dims, wrong.model.clip
-        with pytest.raises(ValueError, match="^config.model.*, without effect with config.obj"):
-            config.check(cfg)
-
-
 def test_adafactor_has_no_use_for_the_settings_of_adam():
     parse("--config.optim.name=adafactor")
     with pytest.raises(ValueError, match="^config.optim.b1 is 0.5, without effect with config.opt"):

@@ -21,7 +21,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from data_gen.pack import pack
-from ip2p_jax import convert, publish
+from ip2p_jax import convert, publish, train
+from ip2p_jax.config import Config, Objective
 from ip2p_jax.editor import Editor
 from ip2p_jax.training import logs, mesh, state
 from ip2p_jax.weights.load import load, load_vae
@@ -299,8 +300,10 @@ def test_a_dry_run_leaves_nothing(options, tmp_path, capsys):
 
 def test_validation_and_what_is_published(options, finished, tmp_path, monkeypatch, capsys):
     """A finished run goes to the hub as a diffusers folder, with a card of its settings and last
-    metrics; what is no name there is refused before anything is trained."""
-    sent = {}
+    metrics; what is no name there is refused before anything is trained. Hosts wait for the one
+    that uploads."""
+    sent, waited = {}, []
+    monkeypatch.setattr(train, "sync_global_devices", lambda name: waited.append(len(sent)))
 
     class Hub:
         endpoint = "https://hub"
@@ -317,9 +320,9 @@ def test_validation_and_what_is_published(options, finished, tmp_path, monkeypat
     assert capsys.readouterr().err == "error: --push edits: expected USER/NAME\n"
     assert steps(finished) == [0, 10, 20]
     assert run(options, finished, "--config.steps=22", *more, "--push=me/edits") == 0
-    assert capsys.readouterr().out == "https://hub/me/edits\n"
-    assert run(options, finished, *more, "--push=me/edits", "--config.objective.kind=vae") == 2
-    assert capsys.readouterr().err.endswith("objective.kind=vae is no model\n")
+    assert capsys.readouterr().out == "https://hub/me/edits\n" and waited == [1]
+    with pytest.raises(ValueError, match="objective.kind=vae is no model"):
+        publish.check_push("me/edits", Config(objective=Objective(kind="vae")))
     *_, trained, validation = lines(finished)
     assert trained["step"] == validation["step"] == 22
     assert 0.1 < validation["validation_loss"] < 10 and trained["update_norm"] > 0

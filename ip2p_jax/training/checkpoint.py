@@ -45,7 +45,7 @@ def open_manager(workdir: str, cfg: config.Checkpoint) -> ocp.CheckpointManager:
     What killed saves left is removed. Digests are written by process 0, when all hosts have written
     their part: they share the folder anyway, and only then is the whole of it known.
     """
-    root = directory(workdir)
+    root = digests.directory(workdir)
     clear(root)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=cfg.keep,
@@ -82,9 +82,11 @@ def write_digests(root: epath.Path) -> None:
 
 
 def is_fresh(workdir: str) -> bool:
-    """Whether the run has no checkpoint yet."""
-    root = directory(workdir)
-    return not (root.is_dir() and ocp.utils.checkpoint_steps(root))
+    """Whether the run has no checkpoint yet; process 0 looks and tells the others, to whom a shared
+    disk may show what it held seconds ago."""
+    root = digests.directory(workdir)
+    fresh = not (logs.writes() and root.is_dir() and ocp.utils.checkpoint_steps(root))
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(fresh)))
 
 
 def newest(workdir: str, say: Callable[[str], None]) -> int:
@@ -93,7 +95,7 @@ def newest(workdir: str, say: Callable[[str], None]) -> int:
     Newer ones are set aside, and `say` is told what is wrong with them. Raises ValueError where
     none is whole.
     """
-    root = directory(workdir)
+    root = digests.directory(workdir)
     step, fault = -1, "no checkpoint is whole, see what process 0 says"
     if logs.writes():
         try:
@@ -118,12 +120,6 @@ def set_aside(root: epath.Path, step: int) -> None:
         place.rmtree()
     place.parent.mkdir(exist_ok=True)
     (root / str(step)).rename(place)
-
-
-def directory(workdir: str) -> epath.Path:
-    """DIR/checkpoints, absolute, as orbax wants it."""
-    path = epath.Path(workdir)
-    return (path if "://" in workdir else epath.Path(Path(workdir).absolute())) / "checkpoints"
 
 
 def save(
@@ -175,9 +171,9 @@ def record(cfg: config.Config) -> dict:
     Raises ValueError or FileNotFoundError if one of them is no data folder.
     """
     shards = [load_manifest(Path(folder)) for folder in config.folders(cfg.data)]
-    digests = [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in shards]
+    contents = [hashlib.sha256(json.dumps(x).encode()).hexdigest() for x in shards]
     tree = as_json(cfg)
-    tree["data"]["contents"] = " ".join(digests)
+    tree["data"]["contents"] = " ".join(contents)
     return tree
 
 

@@ -30,8 +30,11 @@ def open_board(project: str, workdir: str, settings: dict[str, Any]) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(f"config.log.wandb={project}: needs `pip install wandb`") from None
-    name = hashlib.sha256(str(Path(workdir).absolute()).encode()).hexdigest()[:16]
-    return wandb.init(project=project, id=name, resume="allow", dir=workdir, config=settings)
+    remote = "://" in workdir  # then its own files go to the working directory
+    place = workdir if remote else str(Path(workdir).absolute())
+    name = hashlib.sha256(place.encode()).hexdigest()[:16]
+    folder = None if remote else workdir
+    return wandb.init(project=project, id=name, resume="allow", dir=folder, config=settings)
 
 
 class Events:

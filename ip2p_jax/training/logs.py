@@ -52,13 +52,17 @@ def write_json(path: str | os.PathLike, tree: dict) -> None:
 
 
 def append(path: epath.Path, text: str) -> None:
-    """Appends to a file; of what cannot be written whole, nothing stays."""
+    """Appends to a file; of what cannot be written whole, nothing stays. A bucket's object does not
+    grow: to open it for appending empties it."""
+    if "://" in str(path):
+        path.write_text((path.read_text() if path.exists() else "") + text)
+        return
     size = path.stat().length if path.exists() else 0
     try:
         with path.open("a") as file:
             file.write(text)
     except OSError:
-        if "://" not in str(path) and path.exists():
+        if path.exists():
             os.truncate(path, size)
         raise
 

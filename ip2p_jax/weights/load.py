@@ -398,8 +398,7 @@ def restore_ema(run: epath.Path) -> dict[str, Params]:
 
     List indices come back as strings; `to_torch` and `from_torch` put that right and check shapes.
     """
-    root = run / "checkpoints"
-    root = root if "://" in str(root) else epath.Path(Path(str(root)).absolute())
+    root = digests.directory(str(run))
     step, faults = digests.newest(root, ["ema"])
     for damaged, why in faults.items():
         print(f"{run}: step {damaged} is damaged ({why}), not used", file=sys.stderr)

@@ -196,7 +196,10 @@ def scaled(
         if b is None or b.ndim < 2 or b.dtype not in tensor_file.FLOATS:
             continue  # `from_torch` refuses it by name
         rank = b.shape[1]
-        value = own_alpha(layer, settings, rank, file) if alpha is None else float(alpha.item())
+        value = np.asarray(own_alpha(layer, settings, rank, file) if alpha is None else alpha)
+        if value.size != 1 or not np.isfinite(value).all():
+            raise ValueError(f"{file}: alpha of {layer} is {value}, expected one finite number")
+        value = float(value.item())
         if value != rank:
             tensors[f"{layer}.lora_B.weight"] = b.astype(np.float32) * np.float32(value / rank)
     return tensors

@@ -67,7 +67,7 @@ def test_rows_stay_on_their_devices():
 
     def moved(function) -> bool:
         program = jax.jit(function, out_shardings=by_row).lower(params, rows, rows).compile()
-        return any(move in program.as_text() for move in moves)
+        return any(move in str(program.as_text()) for move in moves)
 
     assert not moved(functools.partial(lpips, graphdef))
     assert moved(lambda params, a, b: 2.0 * jnp.concatenate([a, b])[8:24])

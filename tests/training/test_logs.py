@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from ip2p_jax.config import Config, Log, Optim
@@ -100,6 +101,18 @@ def test_every_host_drops_what_it_reported_beyond_the_checkpoint(tmp_path, monke
 def skipped() -> dict:
     """The metrics of a step that was not finite."""
     return {name: jnp.zeros(2) for name in metrics(1.0)} | {"skipped": jnp.ones(2)}
+
+
+def test_lines_in_a_bucket_stay(monkeypatch):
+    """There, to open a file for appending empties it."""
+    file, held = epath.Path("gs://bucket/metrics.jsonl"), []
+    monkeypatch.setattr(type(file), "exists", lambda path: bool(held))
+    monkeypatch.setattr(type(file), "read_text", lambda path: held[-1])
+    monkeypatch.setattr(type(file), "write_text", lambda path, text: held.append(text))
+    monkeypatch.setattr(type(file), "open", None)
+    for line in ("1\n", "2\n", "3\n"):
+        logs.append(file, line)
+    assert held == ["1\n", "1\n2\n", "1\n2\n3\n"]
 
 
 def test_skipped_steps_are_counted(tmp_path, capsys):
@@ -196,4 +209,6 @@ def test_a_board_needs_its_package(tmp_path, monkeypatch):
     events.open_board("mine", str(tmp_path), {"seed": 1})
     assert begun == first and begun["project"] == "mine" and begun["resume"] == "allow"
     events.open_board("mine", str(tmp_path / "other"), {"seed": 1})
-    assert begun["id"] != first["id"]
+    assert begun["id"] != first["id"] and begun["dir"] == str(tmp_path / "other")
+    events.open_board("mine", "gs://bucket/run", {})
+    assert begun["dir"] is None

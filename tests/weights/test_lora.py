@@ -201,6 +201,7 @@ BAD = [
     ({"unet.conv_9.lora_A.weight": (4, 8)}, "no layer of the model has: unet.conv_9.lora_A.weight"),
     ({"unet.conv_in.lora_magnitude_vector": (32,)}, "unet.conv_in.lora_magnitude_vector"),
     ({f"{CONV_IN}A.weight": ()}, r"conv_in.lora_A.weight \(\), expected"),
+    ({"unet.conv_in.alpha": (2,)}, r"alpha of conv_in is \[1. 1.\], expected one finite number"),
 ]
 
 
@@ -227,6 +228,7 @@ def test_what_does_not_fit_is_named(params, tmp_path, change, line):
         (json.dumps({"unet.use_dora": True}), "use_dora is set"),
         (json.dumps({"unet.lora_alpha": "much"}), "alpha is not sound"),
         (json.dumps({"unet.alpha_pattern": {"(": 1}}), "alpha is not sound"),
+        (json.dumps({"unet.lora_alpha": float("nan")}), "alpha of .* is nan, expected one finite"),
     ],
 )
 def test_settings_that_are_not_sound(params, tmp_path, settings, line):

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: every test that docs/reliability.md names is there, and is slow where it is in italics."""
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+TABLE = (TESTS.parent / "docs" / "reliability.md").read_text().splitlines()
+ROWS = {int(x[1]): line for line in TABLE if (x := re.match(r"\| (\d+) \|", line))}
+
+
+def in_module(module: str) -> dict[str, bool]:
+    """The tests of a module by name, and whether each is slow."""
+    [path] = TESTS.rglob(f"{module}.py")
+    functions = [x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
+    return {x.name: "pytest.mark.slow" in map(ast.unparse, x.decorator_list) for x in functions}
+
+
+def test_the_in_module_the_table():
+    """`test_module`, or `test_module: `test_a`, *`test_slow`*, with semicolons between."""
+    assert sorted(ROWS) == list(range(1, 15))
+    for number, line in ROWS.items():
+        *_, cell, _ = line.split(" |")
+        named = 0
+        for part in cell.split("; "):
+            module, *names = re.findall(r"\*?`?test_\w+`?\*?", part)
+            there = in_module(module)
+            for name in names:
+                assert there[name.strip("*`")] == name.startswith("*"), (number, name)
+            named += len(names) or len(there)
+        assert named, number
