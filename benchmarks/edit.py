@@ -72,11 +72,11 @@ def times(call) -> dict:
 def edit_ours(folder: str) -> dict:
     from PIL import Image
 
-    from ip2p_jax.cli import cache_compilations
+    from ip2p_jax.cli import set_up_jax
     from ip2p_jax.editor import Editor
 
     spent = Stopwatch("imports")
-    cache_compilations()
+    set_up_jax()
     editor = Editor.from_pretrained(folder)
     spent.lap("opening the weights")
     options = dict(steps=STEPS, sampler="ddim", resolution=SIZE)

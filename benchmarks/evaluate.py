@@ -44,7 +44,7 @@ def pictures(folder: str) -> list[Path]:
 def ours(folder: str, clip_folder: str) -> dict:
     import jax
 
-    from ip2p_jax.cli import cache_compilations
+    from ip2p_jax.cli import set_up_jax
     from ip2p_jax.evaluation.examples import open_examples
     from ip2p_jax.evaluation.methods import InstructPix2Pix, Recipe
     from ip2p_jax.evaluation.scorer import open_scorer
@@ -52,7 +52,7 @@ def ours(folder: str, clip_folder: str) -> dict:
     from ip2p_jax.placed import place
     from ip2p_jax.weights.load import load
 
-    cache_compilations()
+    set_up_jax()
     lines = [
         {
             "input": str(file),

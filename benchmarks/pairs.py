@@ -43,12 +43,12 @@ def ours(folder: str, clip_folder: str, size: Size) -> dict:
 
     from data_gen.candidates import CandidateMaker, Recipe, Unit
     from data_gen.triplet_file import Triplet
-    from ip2p_jax.cli import cache_compilations
+    from ip2p_jax.cli import set_up_jax
     from ip2p_jax.evaluation.clip_scores import Clip
     from ip2p_jax.placed import place
     from ip2p_jax.weights.load import load
 
-    cache_compilations()
+    set_up_jax()
     recipe = Recipe(steps=size.steps, height=size.side, width=size.side)
     maker = CandidateMaker(
         place(load(folder)), Clip.from_pretrained(clip_folder), recipe, size.rows

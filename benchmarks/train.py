@@ -61,12 +61,12 @@ def ours(folder: str, size: Size) -> dict:
     import jax
 
     from ip2p_jax import config
-    from ip2p_jax.cli import cache_compilations
+    from ip2p_jax.cli import set_up_jax
     from ip2p_jax.data.tokens import tokenize
     from ip2p_jax.training import mesh, optim, runs, state
     from ip2p_jax.types import Batch
 
-    cache_compilations()
+    set_up_jax()
     cfg = config.Config()
     cfg.model = config.Model(base=folder)
     cfg.data = dataclasses.replace(cfg.data, batch_size=size.rows, resolution=size.side)

@@ -40,7 +40,7 @@ from data_gen.pair_folder import KIND, PairFolder
 from data_gen.pair_run import Selection, make_pairs
 from data_gen.triplet_file import Triplet, read_triplets
 from ip2p_jax import checks, jobs
-from ip2p_jax.cli import cache_compilations, one_line_errors
+from ip2p_jax.cli import one_line_errors, set_up_jax
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.evaluation.clip_scores import Clip
 from ip2p_jax.placed import place
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     check_folder(args.output, KIND)
     triplets = read_triplets(Path(args.triplets))
-    cache_compilations()
+    set_up_jax()
     host, hosts = jobs.this_host(args)
     console = Console(stderr=True)
     with console.status(escape(f"loading {args.model}")):

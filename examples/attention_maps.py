@@ -30,7 +30,7 @@ from data_gen.attention_maps import (
 )
 from data_gen.words import word_tokens
 from ip2p_jax import checks
-from ip2p_jax.cli import Parser, atomic_path, cache_compilations, one_line_errors
+from ip2p_jax.cli import Parser, atomic_path, one_line_errors, set_up_jax
 from ip2p_jax.diffusion.grids import Grid
 from ip2p_jax.diffusion.samplers import SAMPLERS, Sampler
 from ip2p_jax.diffusion.schedule import Schedule
@@ -117,7 +117,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     check(args)
-    cache_compilations()
+    set_up_jax()
     pretrained = load(args.model)
     checks.generates(pretrained.config)
     model = place(pretrained, devices=jax.local_devices()[:1])

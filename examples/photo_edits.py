@@ -24,7 +24,7 @@ from rich.progress import track
 
 from data_gen.edits import EDITS
 from data_gen.photos import held_out_crops
-from ip2p_jax.cli import Parser, atomic_path, cache_compilations, one_line_errors
+from ip2p_jax.cli import Parser, atomic_path, one_line_errors, set_up_jax
 from ip2p_jax.editor import Editor
 from ip2p_jax.networks import to_pixels, to_uint8
 from ip2p_jax.weights.load import load
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text-guidance", type=float, default=2.0)
     parser.add_argument("--image-guidance", type=float, default=1.2)
     args = parser.parse_args(argv)
-    cache_compilations()
+    set_up_jax()
     editor = Editor(load(args.model), rows=64)
     scores, pictures = measure(
         editor,

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ip2p_jax import jobs
-from ip2p_jax.cli import Parser, cache_compilations, one_line_errors
+from ip2p_jax.cli import Parser, one_line_errors, set_up_jax
 from ip2p_jax.config import Data
 from ip2p_jax.data import manifest
 from ip2p_jax.data.buckets import Bucket, buckets
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verify:
         return show_faults(args.output)
     check_folder(args.output, KIND)
-    cache_compilations()
+    set_up_jax()
     host, hosts = jobs.this_host(args)
     on_cpu = jax.default_backend() == "cpu"
     args.rows = args.rows or (2 if on_cpu else 8)

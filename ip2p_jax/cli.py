@@ -3,11 +3,13 @@
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import functools
 import glob
 import hashlib
 import os
+import platform
 import socket
 import sys
 import tempfile
@@ -110,12 +112,32 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def cache_compilations() -> None:
-    """Keeps compiled programs in ~/.cache/ip2p_jax, or where JAX_COMPILATION_CACHE_DIR says; small
-    ones too, for a dozen of them costs as much as a large one."""
+def set_up_jax() -> None:
+    """For commands that compute: keeps compiled programs, and memory that was freed.
+
+    Programs lie in ~/.cache/ip2p_jax, or where JAX_COMPILATION_CACHE_DIR says; small ones too, for
+    a dozen of them costs as much as a large one.
+    """
     import jax  # a second and 130 MB, which commands that only read and write texts do without
 
+    keep_freed_memory()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ip2p_jax" / "programs"))
+
+
+def keep_freed_memory() -> None:
+    """Lets the process use again what it has freed, in place of giving it back to the system.
+
+    XLA's programs for the CPU ask for hundreds of megabytes at every call, and each new page costs
+    microseconds: a tenth of a call of SD 1.5's UNet. glibc alone has these settings (mallopt(3)).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for name, bound in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(name, bound)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Bytes from which on freed memory at the heap's end, or a single block, is given back."""

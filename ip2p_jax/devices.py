@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Putting a model on devices: whole on each of them, batches split by row."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from jax.typing import DTypeLike
 
 from ip2p_jax.types import Params
 
-THREADS = 8
-"""That copy parameters: one alone waits for the pages of new memory, twice as long on 2 cores."""
+THREADS = min(8, os.cpu_count() or 1)
+"""That copy parameters: one alone waits for the pages of new memory, twice as long on 2 cores; more
+than there are cores hold up what else is going on."""
 
 
 class Shardings(NamedTuple):

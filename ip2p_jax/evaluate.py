@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ip2p_jax import jobs
-from ip2p_jax.cli import cache_compilations, one_line_errors
+from ip2p_jax.cli import one_line_errors, set_up_jax
 from ip2p_jax.evaluation import examples as sets
 from ip2p_jax.evaluation import scorer, search
 from ip2p_jax.evaluation.evaluation_folder import KIND, EvaluationFolder
@@ -110,7 +110,7 @@ def open_sweep(
     args: argparse.Namespace, examples: sets.ExampleSet, console: Console
 ) -> tuple[Sweep, str]:
     """Loads what edits and what scores; returns a digest of the model's weights too."""
-    cache_compilations()
+    set_up_jax()
     devices = jax.local_devices()
     with console.status(escape(f"loading {args.clip}")):
         networks = scorer.open_scorer(

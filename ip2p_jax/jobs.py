@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 from ip2p_jax import checks, config
-from ip2p_jax.cli import Parser, atomic_path, cache_compilations, check_writable
+from ip2p_jax.cli import Parser, atomic_path, check_writable, set_up_jax
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.placed import Placed
@@ -245,7 +245,7 @@ def open_model(
     args: argparse.Namespace, build: Callable[..., Any], console: Console
 ) -> tuple[Any, SafetyChecker | None]:
     """What `build` (Editor or Generator) makes of the model, and its safety checker if wanted."""
-    cache_compilations()
+    set_up_jax()
     with console.status(escape(f"loading {args.model}")):
         pretrained = load_model(args)
         checker = SafetyChecker.from_pretrained(pretrained) if args.safety else None

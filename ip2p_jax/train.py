@@ -26,7 +26,7 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from ip2p_jax import config
-from ip2p_jax.cli import cache_compilations, one_line_errors
+from ip2p_jax.cli import one_line_errors, set_up_jax
 from ip2p_jax.data.loader import TooManyBroken
 from ip2p_jax.jobs import join
 from ip2p_jax.publish import check_push, publish
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         print((__doc__ or "").split("\n", 2)[2])
         print("\n".join(["Options and their defaults:", *config.describe(config.Config())]))
         return 0
-    cache_compilations()
+    set_up_jax()
     distributed = join(command.hosts, command.config.heartbeat)
     if distributed:
         sys.excepthook = leave_with_traceback

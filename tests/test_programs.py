@@ -19,9 +19,9 @@ from ip2p_jax.programs import Program
 
 SCRIPT = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from ip2p_jax.cli import cache_compilations
+from ip2p_jax.cli import set_up_jax
 from ip2p_jax.programs import Program
-cache_compilations()
+set_up_jax()
 
 def wave(x, n):
     print("traced")
