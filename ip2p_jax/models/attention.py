@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ip2p_jax.models.layers import Conv, GroupNorm
+from ip2p_jax.models.layers import Conv, GroupNorm, Linear
 
 
 class Place(NamedTuple):
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         def linear(c_in: int, *, bias: bool = False) -> nnx.Linear:
-            return nnx.Linear(c_in, width, use_bias=bias, dtype=dtype, rngs=rngs)
+            return Linear(c_in, width, use_bias=bias, dtype=dtype, rngs=rngs)
 
         self.to_q = linear(width)
         self.to_k = linear(context)
@@ -96,7 +96,7 @@ class GEGLU(nnx.Module):
     """Gated linear unit with the exact (erf) GELU (Shazeer 2020)."""
 
     def __init__(self, width: int, inner: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(width, 2 * inner, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, 2 * inner, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n e"]:
         value, gate = rearrange(self.proj(x), "b n (two e) -> two b n e", two=2)
@@ -108,7 +108,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         geglu = GEGLU(width, 4 * width, dtype=dtype, rngs=rngs)
-        project = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        project = Linear(4 * width, width, dtype=dtype, rngs=rngs)
         self.net = nnx.List([geglu, nnx.Dropout(0.0), project])
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -163,7 +163,7 @@ class SpatialTransformer(nnx.Module):
 
         def project() -> nnx.Module:  # the same map; checkpoints differ in shape
             if linear_projection:
-                return nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+                return Linear(width, width, dtype=dtype, rngs=rngs)
             return Conv(width, width, 1, dtype=dtype, rngs=rngs)
 
         self.proj_in = project()

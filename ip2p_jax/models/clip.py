@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ip2p_jax.models.layers import LECUN, Embed, Linear
 from ip2p_jax.models.presets import CLIPConfig, DINOConfig, TextConfig, VisionConfig
 
 TowerConfig = TextConfig | VisionConfig | DINOConfig
@@ -40,8 +41,8 @@ class Embeddings(nnx.Module):
     """Token plus position."""
 
     def __init__(self, cfg: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(cfg.vocab_size, cfg.width, dtype=dtype, rngs=rngs)
-        self.position_embedding = nnx.Embed(cfg.positions, cfg.width, dtype=dtype, rngs=rngs)
+        self.token_embedding = Embed(cfg.vocab_size, cfg.width, dtype=dtype, rngs=rngs)
+        self.position_embedding = Embed(cfg.positions, cfg.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n c"]:
         positions = self.position_embedding(jnp.arange(tokens.shape[1]))
@@ -53,7 +54,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, cfg: TowerConfig, *, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         def linear() -> nnx.Linear:
-            return nnx.Linear(cfg.width, cfg.width, dtype=dtype, rngs=rngs)
+            return Linear(cfg.width, cfg.width, dtype=dtype, rngs=rngs)
 
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear() for _ in range(4))
         self.heads = cfg.heads
@@ -72,8 +73,8 @@ class MLP(nnx.Module):
     """Two linear layers with the tower's activation between them."""
 
     def __init__(self, cfg: TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(cfg.width, cfg.mlp_width, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(cfg.mlp_width, cfg.width, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(cfg.width, cfg.mlp_width, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(cfg.mlp_width, cfg.width, dtype=dtype, rngs=rngs)
         self.activation = ACTIVATIONS[cfg.activation]
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
@@ -153,9 +154,17 @@ class PatchEmbeddings(nnx.Module):
         positions = (cfg.image_size // cfg.patch_size) ** 2 + 1
         self.class_embedding = nnx.Param(jnp.zeros(cfg.width))
         self.patch_embedding = nnx.Conv(
-            3, cfg.width, patch, patch, padding="VALID", use_bias=use_bias, dtype=dtype, rngs=rngs
+            3,
+            cfg.width,
+            patch,
+            patch,
+            padding="VALID",
+            use_bias=use_bias,
+            kernel_init=LECUN,
+            dtype=dtype,
+            rngs=rngs,
         )
-        self.position_embedding = nnx.Embed(positions, cfg.width, dtype=dtype, rngs=rngs)
+        self.position_embedding = Embed(positions, cfg.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b n c"]:
         patches = rearrange(self.patch_embedding(x), "b h w c -> b (h w) c")
@@ -177,7 +186,7 @@ class CLIPVision(nnx.Module):
         self.pre_layrnorm = norm()  # spelled as in the checkpoints
         self.encoder = Encoder(cfg, causal=False, dtype=dtype, rngs=rngs)
         self.post_layernorm = norm()
-        self.visual_projection = nnx.Linear(
+        self.visual_projection = Linear(
             cfg.width, cfg.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
         )
         self.image_size = cfg.image_size
@@ -203,7 +212,7 @@ class CLIP(nnx.Module):
 
     def __init__(self, cfg: CLIPConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.text_model = CLIPText(cfg.text, dtype=dtype, rngs=rngs)
-        self.text_projection = nnx.Linear(
+        self.text_projection = Linear(
             cfg.text.width, cfg.vision.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
         )
         self.vision_model = CLIPVision(cfg.vision, dtype=dtype, rngs=rngs)

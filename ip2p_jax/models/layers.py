@@ -31,13 +31,29 @@ def traced(network: Callable[..., nnx.Module], cfg: Any, dtype: Any) -> tuple[An
     """As `abstract`, which takes most of a second for SD 1.5's UNet."""
 
     def build() -> nnx.Module:
-        rngs, key = nnx.Rngs(0), jax.random.key(0)
-        # Counting keys under a trace would cost seconds.
-        rngs.params = lambda: key  # pyright: ignore[reportAttributeAccessIssue]
+        rngs = nnx.Rngs(0)
+        rngs.params = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
         return network(cfg, dtype=dtype, rngs=rngs)
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return graphdef, nnx.to_pure_dict(state)
+
+
+def unless_abstract(init: Callable[..., Any]) -> Callable[..., Any]:
+    """`init`, and zeros where there is no key: where only shapes are wanted, tracing random numbers
+    takes longer than all else."""
+
+    def values(key: Any, shape: Any, dtype: Any = jnp.float32) -> Any:
+        return jnp.zeros(shape, dtype) if key is None else init(key, shape, dtype)
+
+    return values
+
+
+LECUN = unless_abstract(nnx.initializers.lecun_normal())
+EMBED = unless_abstract(nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0))
+Linear = functools.partial(nnx.Linear, kernel_init=LECUN)
+Embed = functools.partial(nnx.Embed, embedding_init=EMBED)
+"""Flax's layers with their own initial values, but for `abstract`."""
 
 
 class Conv(nnx.Module):
@@ -54,8 +70,7 @@ class Conv(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out), jnp.float32))
+        self.kernel = nnx.Param(LECUN(rngs.params(), (size, size, c_in, c_out)))
         self.bias = nnx.Param(jnp.zeros(c_out))
         self.stride = stride
         self.padding = padding or (size // 2, size // 2)
@@ -144,7 +159,7 @@ class ResnetBlock(nnx.Module):
         self.norm1 = GroupNorm(c_in, groups, eps=eps, rngs=rngs)
         self.conv1 = Conv(c_in, c_out, dtype=dtype, rngs=rngs)
         if time_dim is not None:
-            self.time_emb_proj = nnx.Linear(time_dim, c_out, dtype=dtype, rngs=rngs)
+            self.time_emb_proj = Linear(time_dim, c_out, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(c_out, groups, eps=eps, rngs=rngs)
         self.conv2 = Conv(c_out, c_out, dtype=dtype, rngs=rngs)
         self.conv_shortcut = Conv(c_in, c_out, 1, dtype=dtype, rngs=rngs) if c_in != c_out else None

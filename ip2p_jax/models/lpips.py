@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
-from ip2p_jax.models.layers import Conv
+from ip2p_jax.models.layers import Conv, Linear
 from ip2p_jax.types import Params
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -87,7 +87,7 @@ class LPIPS(nnx.Module):
             for c, stage in zip(widths, cfg.stages, strict=False)
         )
         self.heads = nnx.List(
-            nnx.Linear(c, 1, use_bias=False, dtype=dtype, rngs=rngs) for c in widths[1:]
+            Linear(c, 1, use_bias=False, dtype=dtype, rngs=rngs) for c in widths[1:]
         )
         self.smallest = cfg.smallest
 

@@ -19,6 +19,7 @@ from ip2p_jax.models.layers import (
     Conv,
     Downsample,
     GroupNorm,
+    Linear,
     ResnetBlock,
     Upsample,
     timestep_embedding,
@@ -54,8 +55,8 @@ class TimeEmbedding(nnx.Module):
     """Two-layer perceptron on the sinusoidal embedding."""
 
     def __init__(self, channels: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(channels, width, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.linear_1 = Linear(channels, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b e"]:
         return self.linear_2(nnx.silu(self.linear_1(x)))

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ip2p_jax.models.attention import attend
-from ip2p_jax.models.layers import Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from ip2p_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from ip2p_jax.models.presets import VAEConfig
 
 EPS = 1e-6  # of every GroupNorm in this network
@@ -31,7 +31,7 @@ class SpatialAttention(nnx.Module):
 
     def __init__(self, channels: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         def linear() -> nnx.Linear:
-            return nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            return Linear(channels, channels, dtype=dtype, rngs=rngs)
 
         self.group_norm = GroupNorm(channels, groups, eps=EPS, rngs=rngs)
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()

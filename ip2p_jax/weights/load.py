@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from transformers import CLIPTokenizer
 
@@ -398,6 +397,8 @@ def restore_ema(run: epath.Path) -> dict[str, Params]:
 
     List indices come back as strings; `to_torch` and `from_torch` put that right and check shapes.
     """
+    import orbax.checkpoint as ocp  # a third of a second, which other models do without
+
     root = digests.directory(str(run))
     step, faults = digests.newest(root, ["ema"])
     for damaged, why in faults.items():

@@ -4,6 +4,7 @@
 img2img is given the mean of the picture's latent and our noise, for both draw theirs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,10 +68,14 @@ def values(*points: tuple[float, float]) -> Values:
     return Values(*np.array(points, np.float32).T)
 
 
-def sample(method: Method, start: Start, point: Values, other: float) -> np.ndarray:
-    """Final latents."""
+def sampler_of(method: Method) -> Callable[[Start, Values, float], np.ndarray]:
+    """Final latents, by a program that is traced once."""
     program = jax.jit(method.sample)
-    return np.asarray(program(method.model.params, start, point, method.grid(other)))
+
+    def sample(start: Start, point: Values, other: float) -> np.ndarray:
+        return np.asarray(program(method.model.params, start, point, method.grid(other)))
+
+    return sample
 
 
 class Theirs:
@@ -119,12 +124,13 @@ def test_sdedit_equals_diffusers(generator, theirs, image, start, sampler, stren
     """Controls: a step more or less, noise that is a little stronger, another guidance."""
     method = SDEdit(generator, Recipe(STEPS, sampler))
     want = theirs(image, start.noise, sampler, strength)
-    ours = sample(method, start, values((7.5, strength)), strength)
+    sample = sampler_of(method)
+    ours = sample(start, values((7.5, strength)), strength)
     assert relative(ours, want) < LATENTS
     other = strength - 1 / STEPS + 1e-6
     assert relative(ours, theirs(image, start.noise, sampler, other)) > 5 * LATENTS
     for wrong, guidance in ((start._replace(noise=start.noise * 1.002), 7.5), (start, 7.6)):
-        off = sample(method, wrong, values((guidance, strength)), strength)
+        off = sample(wrong, values((guidance, strength)), strength)
         assert relative(off, want) > 5 * LATENTS
 
 
@@ -170,10 +176,12 @@ def test_instruct_pix2pix_equals_the_editor(tiny_ip2p):
     method = InstructPix2Pix(model, Recipe(3, "euler_ancestral", seed=4))
     assert [method.text(Turn(text, "x", "y")) for text in texts] == texts
 
+    encode, sample = jax.jit(method.encode), sampler_of(method)
+
     def ours(turn: int, point: Values) -> tuple[Start, np.ndarray]:
         rows = Rows(pictures, model.tokenize(texts), *indices([5, 9], [turn, turn]))
-        start = jax.jit(method.encode)(model.params, rows)
-        return start, sample(method, start, point, 1.5)
+        start = encode(model.params, rows)
+        return start, sample(start, point, 1.5)
 
     point = values((7.5, 1.5), (5.0, 1.2))
     start, got = ours(0, point)
@@ -192,7 +200,7 @@ def test_instruct_pix2pix_equals_the_editor(tiny_ip2p):
     for _, wrong in (ours(1, point), ours(0, values((7.6, 1.5), (5, 1.2)))):
         assert relative(wrong, want) > 5 * LATENTS
     keys = jax.random.split(jax.random.key(4), 2)
-    wrong = sample(method, start._replace(keys=keys), point, 1.5)
+    wrong = sample(start._replace(keys=keys), point, 1.5)
     assert relative(wrong, want) > 5 * LATENTS
 
 
