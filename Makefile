@@ -6,6 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 KILLS ?= 50
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: quickstart test test-slow soak lint clean
@@ -14,10 +15,11 @@ quickstart: .venv/.core
 	$(BIN)/python examples/quickstart.py --output quickstart
 
 test: .venv/.test
-	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+	$(BIN)/pytest -m "not slow" $(TWO)
 
 test-slow: .venv/.test
-	$(BIN)/pytest -m slow --durations 20
+	$(BIN)/pytest -m "slow and not heavy" $(TWO)
+	$(BIN)/pytest -m heavy --durations 20
 
 soak: .venv/.test
 	rm -f docs/soak.md

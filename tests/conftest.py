@@ -15,13 +15,21 @@ import pytest  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The default tests spend their time compiling, so they do it quickly; slow ones do it well."""
-    if "slow" not in config.option.markexpr or "not slow" in config.option.markexpr:
+    """Most tests spend their time compiling, so they do it quickly; heavy ones do it well."""
+    if config.option.markexpr != "heavy":
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 
-LONG = ("test_train.py", "test_pairs.py", "test_evaluate.py", "test_editor.py", "test_sweep.py")
+LONG = (
+    "test_train_faults.py",
+    "test_train.py",
+    "test_train_kinds.py",
+    "test_lora.py",
+    "test_pairs.py",
+    "test_evaluate.py",
+    "test_editor.py",
+)
 """Files that take minutes begin first, so that of several processes none has to wait for them."""
 
 

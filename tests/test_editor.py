@@ -161,6 +161,7 @@ def test_rows_of_a_batch_do_not_touch(editor, monkeypatch):
     assert np.abs(middle.astype(int) - np.asarray(mixed[0]).astype(int)).max() > 10
 
 
+@pytest.mark.slow
 def test_batch_over_devices(tiny_ip2p, editor):
     """Five pictures on eight devices: the padding does not leak, and one device gives the same."""
     images = [photo("astronaut").rotate(90 * i) for i in range(5)]
@@ -234,6 +235,7 @@ def test_model_without_image_channels_is_refused(tiny_sd):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parity
 def test_full_size_edit_equals_diffusers(full_ip2p):
     """SD 1.5's shape, 256 px, ddim, 4 steps: final latents within 1e-3."""

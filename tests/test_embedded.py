@@ -54,6 +54,7 @@ def test_edits_at_its_own_size(photos):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_edits_are_nearest_to_the_truth(photos):
     """On held-out crops and wordings: at least five of six edits pass in 80 % of the crops, and a
     wrong instruction passes in less than 20 %."""

@@ -178,6 +178,7 @@ def test_sessions_have_points_by_turn(options, compiled, tmp_path):
     assert "| turn" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_sdedit(options, tiny_sd, tmp_path):
     """The more noise, the less is kept."""
     out = tmp_path / "eval"
@@ -257,6 +258,7 @@ def test_killed_and_started_again(options, undisturbed, tmp_path):
     write_row("an evaluation", started, kills, writing)
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_same_files(options, undisturbed, tmp_path):
     """Both at once, in one folder."""
     hosts = [alone(options, tmp_path / "eval", "--hosts", "2", "--host", h) for h in "01"]

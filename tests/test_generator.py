@@ -173,6 +173,7 @@ def test_a_model_that_edits_is_refused(tiny_ip2p):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parity
 def test_full_size_picture_equals_diffusers(tmp_path):
     """SD 1.5's shape, 256 px, ddim, 4 steps: final latents within 1e-3."""

@@ -162,6 +162,7 @@ def mistaken(options: list[str], workdir: Path, capsys) -> None:
     assert steps(workdir) == []
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(options, tmp_path, capsys):
     """In a folder where the first commands had mistakes, which is no obstacle."""
     workdir = tmp_path / "stopped"
@@ -196,6 +197,7 @@ def test_not_finite(options, finished, capsys):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved(finished)))
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite(options, finished, capsys, monkeypatch):
     """Step 22 is skipped; from step 25 on all are, and the run ends after ten of them, at which no
     checkpoint is made. What was kept is finite."""
@@ -427,6 +429,7 @@ def samples(workdir: Path) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
+@pytest.mark.slow
 def test_training_a_vae(trained_vae):
     """Its latents' scale is known in the end, and an editor may be built on it."""
     cfg, params = load_vae(str(trained_vae))

@@ -84,6 +84,7 @@ def flip(workdir: Path, step: int, item: str = "train") -> str:
     return path.relative_to(folder).as_posix()
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(options, undisturbed, copy, capsys):
     """The newest that is whole is used, by training and by whoever opens the run."""
     files = [flip(copy, step) for step in (4, 6)]

@@ -48,6 +48,7 @@ def generator_run(options, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_generates(generator_run, tmp_path):
     """Its samples are beside the pictures they are to be like; the command makes pictures of it."""
     assert steps(generator_run) == [0, 2] and lines(generator_run)[-1]["loss"] > 0
@@ -61,6 +62,7 @@ def test_a_run_generates(generator_run, tmp_path):
         assert image.size == (16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 def test_its_export_is_diffusers(generator_run, tmp_path):
@@ -82,6 +84,7 @@ def test_its_export_is_diffusers(generator_run, tmp_path):
     assert relative(latents("nothing of that kind"), want) > 10 * LATENTS
 
 
+@pytest.mark.slow
 def test_an_editor_starts_from_it(options, generator_run, tmp_path, capsys):
     """Widened; frozen is the VAE alone. Text-to-image from an editor is refused."""
     base = (f"--config.model.base={generator_run}", "--config.model.vae=")
@@ -163,6 +166,7 @@ def test_a_run_is_a_clip(clip_run, tmp_path):
     assert np.abs(got.sim_1 * scale - want).max() > 1e-2 * scale
 
 
+@pytest.mark.slow
 def test_what_is_no_clip(generator_run):
     with pytest.raises(ValueError, match="not a run that trained a CLIP, but"):
         load_clip(str(generator_run))

@@ -168,6 +168,7 @@ def test_strengths_that_leave_nothing_or_too_much(generator, strength, left):
         SDEdit(generator, Recipe(10)).grid(strength)
 
 
+@pytest.mark.slow
 def test_instruct_pix2pix_equals_the_editor(tiny_ip2p):
     """With the same noise and keys. Controls: another turn, other keys, another guidance."""
     editor = Editor.from_pretrained(str(tiny_ip2p))

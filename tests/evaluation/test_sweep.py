@@ -103,6 +103,7 @@ def test_rows_that_fill_up_do_not_appear(made):
     assert len({line["clip_image"] for line in lines}) == 10
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_numbers(made, tiny_ip2p, tiny_clip, examples):
     """3 units on 8 devices. Control: at another point all is different."""
     spread = sweep_on(jax.devices(), tiny_ip2p, tiny_clip, examples)

@@ -89,6 +89,7 @@ def test_embeddings(activation, end):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_full_embeddings():
     """ViT-L/14 at 224 px."""
     check_embeddings(FULL_TEXT, RELEASED["ViT-L/14"], rows=1)

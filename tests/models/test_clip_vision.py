@@ -85,6 +85,7 @@ def test_embeddings(activation):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_full_embeddings():
     """ViT-L/14 at 224 px, the tower of Stable Diffusion's safety checker."""
     check_embeddings(CLIPVisionConfig(**RELEASED["ViT-L/14"]), rows=1)

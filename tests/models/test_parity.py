@@ -233,6 +233,7 @@ def test_sizes(model: ModelConfig, counts):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_full_unet():
     """SD 1.5's UNet with 8 channels at 256 px, one row."""
     cfg = SD15.widened().unet
@@ -246,6 +247,7 @@ def test_full_unet():
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_full_vae():
     """SD's VAE, both ways, on a picture that is not square."""
     module, params = vae_pair(FULL_VAE, SD15.vae)
@@ -253,6 +255,7 @@ def test_full_vae():
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_full_text():
     """CLIP ViT-L/14's text tower."""
     module, params = text_pair(FULL_TEXT, SD15.text)

@@ -44,6 +44,7 @@ def gradients() -> dict:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks", "full"])
 def test_gradients_are_the_same(gradients, name):
     got, want = (jax.tree.leaves(gradients[x][0]) for x in (name, "none"))
@@ -52,6 +53,7 @@ def test_gradients_are_the_same(gradients, name):
     assert largest > 1e-3
 
 
+@pytest.mark.slow
 def test_memory(gradients):
     """Bytes between input and gradient."""
     none, blocks, full = (gradients[name][1] for name in ("none", "blocks", "full"))

@@ -171,6 +171,7 @@ def options(sources, cached) -> list[str]:
     return [*chosen, "--config.data.resize_max=20", f"--config.data.path={cached}"]
 
 
+@pytest.mark.slow
 def test_training_from_latents(packed, options, tmp_path, capsys):
     """Two steps of a run, and what it refuses."""
 
@@ -201,6 +202,7 @@ def test_grids_show_decoded_latents(options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_a_step_from_latents_is_half_the_work():
     """Compiled FLOPs of loss and gradient in SD 1.5's full size at 256 px: at most 0.52 of those
     from pictures. Nothing is allocated but the programs."""

@@ -131,6 +131,7 @@ def theirs(pipeline: Theirs) -> np.ndarray:
     return pipeline(start, "ddim", 5, prompt=INSTRUCTION, image=IMAGE, **scales)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_a_lora_trained_here_edits_alike_in_diffusers(trained, exported):
     """The run's base and the exported file, opened by diffusers; without the file it is another
@@ -164,6 +165,7 @@ def test_a_model_trained_whole_edits_alike_in_diffusers(base, packed, trained, t
     assert relative(latents, theirs(Theirs(Pipeline, base))) > 100 * LATENTS
 
 
+@pytest.mark.slow
 def test_only_pairs_are_trained(trained, base):
     """Checkpoints hold A and B; the rest of the model is as it was."""
     with ocp.CheckpointManager(trained / "checkpoints", item_names=("train", "ema")) as manager:
@@ -203,6 +205,7 @@ def test_loss_and_samples_are_those_of_the_merged_model(base):
             np.testing.assert_allclose(x, before[layer] + added, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_file_and_run_are_the_same_model(trained, exported, tmp_path):
     """To the last bit (alpha / rank is 2), merged at opening or by `convert`."""
     p = load(str(trained))
@@ -220,6 +223,7 @@ def test_file_and_run_are_the_same_model(trained, exported, tmp_path):
         np.testing.assert_allclose(x, y, atol=1e-6, err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_bad_exports(trained, base, exported, tmp_path, capsys):
     out = str(tmp_path / "a.safetensors")
     for more, line in (
@@ -313,6 +317,7 @@ def test_configurations_that_no_lora_can_have(change, line):
         config.check(config.Config(**{**given, **change}))
 
 
+@pytest.mark.slow
 def test_use(base, exported, tmp_path, monkeypatch, capsys):
     """`--lora` of the commands that open a model; a picture's settings tell it."""
     args = ["--model", str(base), "--lora", str(exported), "--lora", f"{exported}:-1"]

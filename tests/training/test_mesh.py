@@ -103,6 +103,7 @@ def alone(task):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "fsdp"), [(2, 4), pytest.param(8, 1, marks=SLOW), pytest.param(1, 8, marks=SLOW)]
 )

@@ -98,6 +98,7 @@ def test_loss_is_diffusers(model, tiny_sd):
         assert abs(got - wrong.mean()) > 1e-3 * want.mean(), change
 
 
+@pytest.mark.slow
 def test_samples_are_the_generators(model):
     """With the text tower trained: then its EMA counts."""
     ema, task = build(model, ("unet", "text"))
