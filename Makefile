@@ -40,6 +40,7 @@ lint: .venv/.test
 
 .venv/.test: pyproject.toml constraints.txt | .venv/bin/pip
 	$(INSTALL) --editable ".[photos,test]"
+	$(INSTALL) --target .venv/libtpu --upgrade --no-deps libtpu  # in its own place: see tests/tpu
 	touch $@ .venv/.core
 
 clean:

@@ -27,6 +27,7 @@ LAYERS = (
         "latent_shards",
         "publish",
         "safety",
+        "tpu",
         "training",
         "evaluation",
     ),

@@ -5,6 +5,7 @@ Batches are split over both axes; large arrays of the state over "fsdp". Axis ty
 partitioner inserts the communication.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,16 +21,17 @@ SMALLEST = 2**14
 """Arrays with fewer elements are copied to every device: splitting costs more than it saves."""
 
 
-def make_mesh(cfg: config.Mesh) -> jax.sharding.Mesh:
-    """Arranges all devices of all processes; raises ValueError when `cfg` does not fit them."""
-    total = jax.device_count()
+def make_mesh(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Arranges devices (None: all of all processes); raises ValueError when `cfg` does not fit."""
+    total = jax.device_count() if devices is None else len(devices)
     data = cfg.data if cfg.data != -1 else total // max(cfg.fsdp, 1)
     fsdp = cfg.fsdp if cfg.fsdp != -1 else total // max(data, 1)
     if data < 1 or fsdp < 1 or data * fsdp != total:
         raise ValueError(
             f"config.mesh.data={cfg.data} x config.mesh.fsdp={cfg.fsdp} != {total} devices"
         )
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
 
 
 def fsdp_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

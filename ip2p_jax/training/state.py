@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ip2p_jax import config
+from ip2p_jax.tpu.options import compiler_options
 from ip2p_jax.training.optim import ema_rates, moved
 from ip2p_jax.types import Params, TrainState
 
@@ -152,17 +153,13 @@ def accumulated(
     return gradient
 
 
-APART = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-"""Keeps XLA's CPU compiler from merging what is computed again with what was computed first."""
-
-
 def jit_step(step: Step, shardings: Any, replicated: NamedSharding, remat: str = "none") -> Step:
     """Compiles `step`; the state is donated and keeps its layout, metrics are on every device.
     `remat` is what the backward pass computes again."""
-    apart = remat != "none" and jax.default_backend() == "cpu"
+    device = next(iter(replicated.device_set))
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(shardings, replicated),
-        compiler_options=APART if apart else None,
+        compiler_options=compiler_options(device, remat),
     )

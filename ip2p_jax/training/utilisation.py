@@ -13,17 +13,12 @@ import numpy as np
 from jaxtyping import Int
 
 from ip2p_jax import config
+from ip2p_jax.tpu.topologies import CHIPS
 from ip2p_jax.training.state import Loss, row_keys
 from ip2p_jax.types import Params
 
 PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    **{kind: chip.peak for chip in CHIPS.values() for kind in chip.kinds},
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,

@@ -10,7 +10,7 @@ from flax import nnx
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import UNetConfig
 from ip2p_jax.models.unet import REMAT, UNet
-from ip2p_jax.training.state import APART
+from ip2p_jax.tpu.options import APART
 from tests.training.tiny import filled
 
 CFG = UNetConfig(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: a hub id opens from the cache without network; only needed files are asked for."""
 
+import atexit
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from etils import epath
 from huggingface_hub.utils import filter_repo_objects
 
 from ip2p_jax.weights.hub import CLIP, CLIP_SAFETENSORS, fetch, patterns, vae_patterns
@@ -153,13 +155,17 @@ def test_of_a_vae_only_its_own_files():
     assert got == {*alone[:2], "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
 
 
-def test_a_run_in_a_bucket(tmp_path):
-    """Everything but the checkpoints is copied; file:// stands for gs:// here."""
-    from etils import epath
-
+def test_a_run_in_a_bucket(tmp_path, monkeypatch):
+    """Everything but the checkpoints is copied, for as long as the process lives; file:// stands
+    for gs:// here."""
+    at_the_end = []
+    monkeypatch.setattr(atexit, "register", lambda *args, **more: at_the_end.append((args, more)))
     (tmp_path / "run" / "base" / "vae").mkdir(parents=True)
     (tmp_path / "run" / "base" / "vae" / "config.json").write_text("{}")
     local = fetch(epath.Path(tmp_path / "run"))
     assert (local / "vae" / "config.json").read_text() == "{}"
     with pytest.raises(FileNotFoundError, match=r"not a run directory \(no base/ inside\)"):
         fetch(epath.Path(tmp_path))
+    [((remove, *args), more)] = at_the_end
+    remove(*args, **more)
+    assert not local.exists()
