@@ -271,7 +271,7 @@ def test_a_disk_that_is_full_for_a_while(options, tmp_path):
 @pytest.mark.parametrize(("blow", "seconds"), [(signal.SIGKILL, 60), (signal.SIGSTOP, 60)])
 def test_a_data_worker_dies_or_stalls(options, tmp_path, blow, seconds):
     """An error, or the watchdog's stacks, but no hang; the same command goes on."""
-    worker = ("--config.data.workers=1", "--config.watchdog=10", *LONG)
+    worker = ("--config.data.workers=1", "--config.watchdog=30", *LONG)
     one = Process(options, tmp_path, *worker)
     with started(one):
         until(trains(tmp_path), one)
@@ -286,7 +286,7 @@ def test_a_data_worker_dies_or_stalls(options, tmp_path, blow, seconds):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
     if blow == signal.SIGSTOP:
-        assert "Timeout (0:00:10)!" in one.said and "loader.py" in one.said
+        assert "Timeout (0:00:30)!" in one.said and "loader.py" in one.said
     else:
         assert "Worker process was terminated" in one.said
     assert steps(tmp_path) == [0]
