@@ -163,7 +163,7 @@ class CandidateMaker:
             encode(captions),
             encode(jnp.asarray(self.null)[None])[0],
             drawn.scale,
-            share_until(drawn.p, len(points.sigmas) - 1),
+            share_until(drawn.p, len(points.sigmas) - 1, networks.attend),
         )
         shape = (self.recipe.height // config.vae.factor, self.recipe.width // config.vae.factor)
         noise = unit_noise(drawn.noise, (*shape, config.vae.latent_channels))

@@ -19,7 +19,9 @@ from ip2p_jax.cli import one_line_errors
 from ip2p_jax.devices import shapes, shardings
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.evaluation.clip_scores import Clip
+from ip2p_jax.models.attention import Attend, attend
 from ip2p_jax.models.clip import CLIP
+from ip2p_jax.models.flash import attend_on
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import CLIP_L14, SD15, CLIPConfig, ModelConfig
 from ip2p_jax.networks import networks
@@ -39,20 +41,24 @@ def pairs(dims: ModelConfig, sizes: CLIPConfig, on: Topology, recipe: Recipe, ro
     tokenizer = open_tokenizer(ASSETS / "clip_tokenizer")
     tokenizer.model_max_length = dims.text.positions
     here, on_host = shardings(), shardings(jax.devices()[:1]).replicated
-    model = Placed(
-        config=dims,
-        networks=networks(dims, BF16),
-        shapes={},
-        arriving=Future(),
-        tokenizer=tokenizer,
-        schedule=STABLE_DIFFUSION,
-        scheduler=None,
-        dtype=BF16,
-        by_row=here.by_row,
-        replicated=on_host,
-    )
-    maker = CandidateMaker(model, Clip(PretrainedClip(sizes, {}, tokenizer)), recipe, rows)
     by_row, everywhere = shardings(on.devices)
+
+    def maker_of(attend: Attend) -> CandidateMaker:
+        model = Placed(
+            config=dims,
+            networks=networks(dims, BF16, attend),
+            shapes={},
+            arriving=Future(),
+            tokenizer=tokenizer,
+            schedule=STABLE_DIFFUSION,
+            scheduler=None,
+            dtype=BF16,
+            by_row=here.by_row,
+            replicated=on_host,
+        )
+        return CandidateMaker(model, Clip(PretrainedClip(sizes, {}, tokenizer)), recipe, rows)
+
+    maker, plain = maker_of(attend_on(by_row)), maker_of(attend)
     params = shapes(params_of(dims), BF16, everywhere)
     clip = shapes(abstract(CLIP, sizes)[1], jnp.float32, everywhere)
     points = jax.tree.map(np.asarray, maker.points)
@@ -62,7 +68,7 @@ def pairs(dims: ModelConfig, sizes: CLIPConfig, on: Topology, recipe: Recipe, ro
         f"{recipe.sampler}",
         jitted=jax.jit(maker.make, out_shardings=by_row),
         args=(params, clip, lay(batch, by_row), lay(points, everywhere)),
-        work=maker.make,
+        work=plain.make,
         work_args=(params, clip, rows_of(dims, sizes, rows), points),
         share=1.0,
         unit=f"{rows * len(on.devices)} pairs",

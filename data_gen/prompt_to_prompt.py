@@ -57,9 +57,9 @@ def pair_denoise(
     return guide_hooked(unet, schedule, grid, text, null, jnp.repeat(scale, 2), hook)
 
 
-def share_until(p: Float[Array, " pairs"], steps: int) -> Hook:
+def share_until(p: Float[Array, " pairs"], steps: int, base: Attend = attend) -> Hook:
     """The hook of the InstructPix2Pix data: self-attention is shared while i / (steps - 1) < p."""
-    return lambda i: share_self_attention(step_active(i, steps, p))
+    return lambda i: share_self_attention(step_active(i, steps, p), base)
 
 
 def step_active(i: Int[Array, ""], steps: int, p: Float[Array, " pairs"]) -> Bool[Array, " pairs"]:

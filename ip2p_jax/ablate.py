@@ -11,9 +11,11 @@ each run has of its own (figure 10 of the paper: less data, no CLIP filter; and 
    "runs": {"all data": {},
             "10 % of the data": {"train": {"config.data.fraction": 0.1}},
             "no CLIP filter": {"train": {"config.data.path": "shards_unfiltered"}},
-            "another seed": {"train": {"config.seed": 1}}}}
+            "another seed": {"train": {"config.seed": 1}},
+            "SDEdit": {"model": "sd", "evaluate": {"method": "sdedit"}}}}
 
-Each run has DIR/NAME/train and DIR/NAME/evaluation. The same command again goes on where it was
+Each run has DIR/NAME/train and DIR/NAME/evaluation; one that names a model, which is there, is not
+trained. The same command again goes on where it was
 stopped; in the end DIR holds curves.png and table.md of all runs.
 """
 
@@ -45,6 +47,8 @@ class Run(NamedTuple):
     name: str
     train: dict[str, Any]
     evaluate: dict[str, Any]
+    model: str = ""
+    """That is evaluated in place of what the run trains."""
 
     @property
     def folder(self) -> str:
@@ -78,13 +82,17 @@ def read_runs(path: Path) -> list[Run]:
         raise ValueError(f"{path}: runs: expected an object, name of a run -> its own options")
     runs = []
     for name, tree in named.items():
-        own = options_of(tree, PARTS, f"{path}: {name}")
-        runs.append(Run(name, *(shared[part] | own[part] for part in PARTS)))
+        own = options_of(tree, ("model", *PARTS), f"{path}: {name}")
+        model = tree.get("model", "")
+        if not isinstance(model, str) or (model and own["train"]):
+            raise ValueError(f"{path}: {name}: expected the name of a model, or how to train one")
+        train, evaluate = (shared[part] | own[part] for part in PARTS)
+        runs.append(Run(name, train, evaluate, model))
     folders = [run.folder for run in runs]
     for run in runs:
         if not run.folder or folders.count(run.folder) > 1:
             raise ValueError(f"{path}: run {run.name!r}: expected a name that no other run has")
-        if "config" not in run.train or "data" not in run.evaluate:
+        if not (run.model or "config" in run.train) or "data" not in run.evaluate:
             raise ValueError(f"{path}: {run.name}: expected train.config and evaluate.data")
         try:
             check(run)
@@ -95,8 +103,9 @@ def read_runs(path: Path) -> list[Run]:
 
 def check(run: Run) -> None:
     """Reads the options of both commands before anything runs; ValueError or OSError."""
-    train, evaluation = (command[1:] for command in commands(run, Path("run")))
-    config.parse(train)
+    *train, evaluation = (command[1:] for command in commands(run, Path("run")))
+    for command in train:
+        config.parse(command)
     args = options.parser().parse_args(evaluation)
     options.check(args)
     if args.search or args.hosts > 1 or args.distributed or args.clip == "none":
@@ -132,15 +141,10 @@ def arguments(options: dict[str, Any]) -> list[str]:
 def commands(run: Run, folder: Path) -> list[list[str]]:
     """What makes a run, in order."""
     workdir, output = folder / "train", folder / "evaluation"
-    return [
-        ["ip2p_jax.train", *arguments(run.train), f"--workdir={workdir}"],
-        [
-            "ip2p_jax.evaluate",
-            *arguments(run.evaluate),
-            f"--model={workdir}",
-            f"--output={output}",
-        ],
-    ]
+    train = ["ip2p_jax.train", *arguments(run.train), f"--workdir={workdir}"]
+    where = [f"--model={run.model or workdir}", f"--output={output}"]
+    evaluation = ["ip2p_jax.evaluate", *arguments(run.evaluate), *where]
+    return [evaluation] if run.model else [train, evaluation]
 
 
 def make(run: Run, folder: Path) -> int:
@@ -152,7 +156,7 @@ def make(run: Run, folder: Path) -> int:
         code = subprocess.run([sys.executable, "-m", *command]).returncode
         if code:
             return code
-        if not is_trained(folder / "train"):  # it was told to stop, which is no fault
+        if not run.model and not is_trained(folder / "train"):  # told to stop, which is no fault
             return 1
     with atomic_path(done) as part:
         part.write_text(json.dumps(wanted))

@@ -22,7 +22,7 @@ from ip2p_jax.models.presets import CLIPConfig, ModelConfig
 class Data:
     """Where pairs come from and how they are cut."""
 
-    path: str = ""  # folder written by data_gen.pack, or for edits by ip2p_jax.cache_latents
+    path: str = ""  # folder written by data_gen.pack or ip2p_jax.cache_latents
     mix: str = ""  # more of them, FOLDER:WEIGHT,...: rows of each to one of `path`
     split: str = "train"  # train, validation or test
     fraction: float = 1.0  # share of the split's prompts that is used; smaller ones lie in larger

@@ -163,7 +163,7 @@ def edit_denoise(
 
 def unet(networks: Networks, params: Params) -> Network:
     """The UNet, merged where it is called: a loop over steps traces it inside."""
-    return lambda z, t, text: nnx.merge(networks.unet, params["unet"])(z, t, text)
+    return lambda z, t, text: nnx.merge(networks.unet, params["unet"])(z, t, text, networks.attend)
 
 
 def decode(

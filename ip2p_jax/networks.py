@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from ip2p_jax.models.attention import Attend, attend
 from ip2p_jax.models.clip import CLIPText
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import ModelConfig
@@ -23,14 +24,16 @@ class Networks(NamedTuple):
     unet: Any
     vae: Any
     text: Any
+    attend: Attend
+    """How the UNet is to attend."""
 
 
-def networks(config: ModelConfig, dtype: DTypeLike) -> Networks:
+def networks(config: ModelConfig, dtype: DTypeLike, attend: Attend = attend) -> Networks:
     """The networks of a model, computing in `dtype`."""
     unet, _ = abstract(UNet, config.unet, dtype=dtype)
     vae, _ = abstract(VAE, config.vae, dtype=dtype)
     text, _ = abstract(CLIPText, config.text, dtype=dtype)
-    return Networks(unet, vae, text)
+    return Networks(unet, vae, text, attend)
 
 
 def to_pixels(x: UInt8[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:

@@ -22,6 +22,7 @@ from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, Schedule, from_diffusers
 from ip2p_jax.guided import TextBatch, seed_keys
+from ip2p_jax.models.flash import attend_on
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.networks import Networks, networks
 from ip2p_jax.programs import Program
@@ -156,7 +157,7 @@ def place(
     scheduler = pretrained.scheduler
     return Placed(
         config=pretrained.config,
-        networks=networks(pretrained.config, dtype),
+        networks=networks(pretrained.config, dtype, attend_on(by_row)),
         shapes=shapes(params, dtype, replicated),
         arriving=ThreadPoolExecutor(1).submit(put, params, dtype, replicated),
         tokenizer=pretrained.tokenizer,

@@ -43,6 +43,14 @@ class LatentBatch(NamedTuple):
     tokens: Int32[Any, "b n"]
 
 
+class CaptionedLatentBatch(NamedTuple):
+    """Pictures that a VAE has encoded before, with their captions, likewise."""
+
+    mean: Float[Any, "b h w z"]
+    log_var: Float[Any, "b h w z"]
+    tokens: Int32[Any, "b n"]
+
+
 class Conditioning(NamedTuple):
     """What the UNet is conditioned on: CLIP states and the image latent (mean, unscaled)."""
 

@@ -48,6 +48,12 @@ def test_options_of_a_run_go_over_the_shared_ones(tmp_path):
         *("ip2p_jax.evaluate", f"--data={DATA}", "--legacy", "--samples=3"),
         *("--model=out/train", "--output=out/evaluation"),
     ]
+    there = {"model": "sd/", "evaluate": {"method": "sdedit"}}
+    tree = {**GOOD, "runs": {"SDEdit": there}}
+    [run] = ablate.read_runs(write(tmp_path, tree))
+    shared = (f"--data={DATA}", "--legacy", "--samples=3")
+    mine = ("--method=sdedit", "--model=sd/", "--output=out/evaluation")
+    assert ablate.commands(run, Path("out")) == [["ip2p_jax.evaluate", *shared, *mine]]
     assert ablate.arguments({"legacy": False, "config.a": False}) == ["--config.a=False"]
 
 
@@ -58,7 +64,11 @@ def test_options_of_a_run_go_over_the_shared_ones(tmp_path):
         ([], "expected an object"),
         ({**GOOD, "run": {}}, "'run', expected one of runs, train, evaluate"),
         ({**GOOD, "runs": {}}, "runs: expected an object, name of a run"),
-        ({**GOOD, "runs": {"a": {"trian": {}}}}, "a: 'trian', expected one of train, evaluate"),
+        ({**GOOD, "runs": {"a": {"trian": {}}}}, "a: 'trian', expected one of model, train"),
+        (
+            {**GOOD, "runs": {"a": {"model": "x", "train": {"a": 1}}}},
+            "a: expected the name of a model",
+        ),
         ({**GOOD, "runs": {"a b": {}, "a_b": {}}}, "expected a name that no other run has"),
         ({**GOOD, "runs": {"%": {}}}, "expected a name that no other run has"),
         ({**GOOD, "train": {}}, "all: expected train.config and evaluate.data"),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ip2p_jax import programs
 from ip2p_jax.editor import Editor
+from ip2p_jax.models import attention
 from ip2p_jax.sizes import edit_size, fit
 from ip2p_jax.weights.load import load
 from tests.pipelines import (
@@ -115,8 +116,7 @@ def test_control_step_offset(editor, theirs, reference, monkeypatch):
 def test_control_gelu(tiny_ip2p, reference, monkeypatch):
     """The tanh form of the GELU in GEGLU is another network."""
     image, start, latents, _ = reference
-    exact = jax.nn.gelu
-    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: exact(x, approximate=True))
+    monkeypatch.setattr(attention, "gelu", lambda x: jax.nn.gelu(x, approximate=True))
     monkeypatch.setattr(programs, "surroundings", lambda: str(uuid.uuid4()))
     other = Editor.from_pretrained(str(tiny_ip2p))
     assert relative(ours(other, image, start)[0], latents) > LATENTS

@@ -2,6 +2,8 @@
 """Text-to-image from scratch in the shapes world on 2 CPU cores, on the latents of vae.py.
 
 python -m data_gen.tokenizer --data data/shapes --output data/shapes_tokenizer
+python -m ip2p_jax.cache_latents --data data/shapes --output data/shapes_latents \\
+    --model runs/shapes_vae --resolution 64 --flip 0 --views 1 --rows 64
 JAX_NUM_CPU_DEVICES=2 python -m ip2p_jax.train --config configs/shapes/sd.py \\
     --workdir runs/shapes_sd
 """
@@ -30,11 +32,11 @@ def get_config() -> Config:
             tokenizer="data/shapes_tokenizer",
             train_text=True,
         ),
-        data=Data(path="data/shapes", batch_size=32, resolution=64, flip=0.0, threads=1),
+        data=Data(path="data/shapes_latents", batch_size=32, resolution=64, flip=0.0, threads=1),
         objective=Objective(kind="generate"),
-        optim=Optim(lr=1e-3, warmup=200, accumulate=1, ema_decay=0.999),
+        optim=Optim(lr=1e-3, warmup=200, cosine_steps=8000, accumulate=1, ema_decay=0.999),
         mesh=Mesh(data=-1, fsdp=1),
         checkpoint=Checkpoint(every=500),
         log=Log(every=50, samples_every=500),
-        steps=4000,
+        steps=8000,
     )

@@ -17,9 +17,9 @@ def get_config() -> Config:
         model=Model(base="", dims=ModelConfig(vae=vae)),
         data=Data(path="data/shapes", batch_size=8, resolution=64, threads=1),
         objective=Objective(kind="vae"),
-        optim=Optim(lr=1e-3, warmup=100, accumulate=1, ema_decay=0.999),
+        optim=Optim(lr=1e-3, warmup=100, cosine_steps=12000, accumulate=1, ema_decay=0.999),
         mesh=Mesh(data=-1, fsdp=1),
         checkpoint=Checkpoint(every=500),
         log=Log(every=50, samples_every=500),
-        steps=5000,
+        steps=12_000,
     )

@@ -20,7 +20,7 @@ Picture = UInt8[np.ndarray, "64 64 3"]
 
 DARK = 0.42
 """Stripes and dots have the object's colour times this."""
-PERIOD = {"large": 8.0, "small": 6.0}
+PERIOD = 8.0
 """Of stripes and dots, px."""
 DOT = 0.3
 """Radius of a dot in periods."""
@@ -97,13 +97,12 @@ def covered(distances: Plane) -> Plane:
 
 def darkness(o: Object) -> Plane:
     """How much of every pixel is stripe or dot: 0 to 1."""
-    period = PERIOD[o.size]
     centres = np.arange(SIDE) + 0.5
-    dx = (centres - o.x + period / 2) % period - period / 2
-    dy = (centres - o.y + period / 2) % period - period / 2
+    dx = (centres - o.x + PERIOD / 2) % PERIOD - PERIOD / 2
+    dy = (centres - o.y + PERIOD / 2) % PERIOD - PERIOD / 2
     if o.texture == "striped":
-        return np.broadcast_to(covered(np.abs(dy)[:, None] - period / 4), (SIDE, SIDE))
-    return covered(np.sqrt((dx * dx)[None] + (dy * dy)[:, None]) - DOT * period)
+        return np.broadcast_to(covered(np.abs(dy)[:, None] - PERIOD / 4), (SIDE, SIDE))
+    return covered(np.sqrt((dx * dx)[None] + (dy * dy)[:, None]) - DOT * PERIOD)
 
 
 @functools.cache

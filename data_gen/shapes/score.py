@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from data_gen.shapes.edits import ATTRIBUTES, Change, apply
-from data_gen.shapes.reader import Reading, Seen, around, grown, see
+from data_gen.shapes.reader import Mask, Reading, Seen, around, grown, see
 from data_gen.shapes.render import Picture, render
 from data_gen.shapes.scene import SIDE, Object, Scene
 
@@ -106,9 +107,13 @@ def concerned(change: Change, changes: Sequence[Change], count: int) -> set[Part
             return set()
         case "add":
             return {(count - 1, name) for name in ALL}
-    removed = [other.target for other in changes if other.kind == "remove"]
-    number = change.target - sum(target < change.target for target in removed)
+    number = number_after(change.target, changes)
     return {(number, ATTRIBUTES[change.kind]), (number, "place")}
+
+
+def number_after(target: int, changes: Sequence[Change]) -> int:
+    """The number that an object which is not removed has after all changes."""
+    return target - sum(x.kind == "remove" and x.target < target for x in changes)
 
 
 def is_gone(change: Change, before: Scene, seen: Reading) -> bool:
@@ -119,7 +124,12 @@ def is_gone(change: Change, before: Scene, seen: Reading) -> bool:
 
 
 def compare(seen: Reading, scene: Scene, exact: int) -> Held:
-    """Which parts of a scene are seen; the first `exact` objects have to be at their places.
+    """Which parts of a scene are seen; the first `exact` objects have to be at their places."""
+    return matched(seen, scene, exact)[0]
+
+
+def matched(seen: Reading, scene: Scene, exact: int) -> tuple[Held, list[Seen | None]]:
+    """The same, and which object seen is which of the scene's, None where there is none.
 
     Every object of the scene is matched with another one seen, so that most is right.
     """
@@ -141,7 +151,7 @@ def compare(seen: Reading, scene: Scene, exact: int) -> Held:
     }
     for i, j in enumerate(best):
         parts |= {(i, name): right for name, right in tables[i][j].items()}
-    return Held(parts)
+    return Held(parts), [options[j] for j in best]
 
 
 def _same(there: Seen | None, o: Object, exact: bool) -> dict[str, bool]:
@@ -173,6 +183,11 @@ def unchanged(picture: Picture, before: Scene, after: Scene) -> float | None:
     left = ~grown(grown(np.any(first != second, axis=-1)))
     if left.mean() < LEAST_LEFT:
         return None
-    differences = picture.astype(np.float64) - first
+    return alike(picture, first, left)
+
+
+def alike(picture: Picture, other: Float[np.ndarray, "64 64 3"], area: Mask) -> float:
+    """Share of the area's pixels that are alike in both pictures."""
+    differences = picture.astype(np.float64) - other
     means = np.stack([around(differences[:, :, i]).mean(0) for i in range(3)])
-    return float(np.mean(np.abs(means).max(0)[left] <= SAME))
+    return float(np.mean(np.abs(means).max(0)[area] <= SAME))

@@ -22,6 +22,7 @@ from ip2p_jax.config import Data
 from ip2p_jax.data.buckets import Bucket
 from ip2p_jax.data.manifest import MANIFEST, pictures_of, prompts_of
 from ip2p_jax.data.manifest import verify as verify_shards
+from ip2p_jax.data.transforms import captions_of
 
 SHARDS = "shards"
 """Where the shards lie inside a latent folder."""
@@ -120,8 +121,18 @@ def check_encoder(made: dict[str, MadeWith | None], vae: str) -> None:
 def cached(
     latents: Latents, rng: np.random.Generator, cfg: Data, bucket: Bucket
 ) -> tuple[Any, Any, Any, str]:
-    """What training sees of a record. All draws but that of the record were made before."""
+    """What training to edit sees of a record. All draws but that of the record were made before."""
     return *latents[:3], latents.instruction
+
+
+def cached_output(
+    latents: Latents, rng: np.random.Generator, cfg: Data, bucket: Bucket
+) -> tuple[Any, Any, str]:
+    """What text-to-image training sees of a record: the output, whose posterior is there whole.
+
+    Raises ValueError naming a pair that lacks a caption.
+    """
+    return latents.output, latents.log_var, captions_of(latents)[1]
 
 
 class LatentSource:

@@ -12,11 +12,11 @@ from absl import flags
 
 from ip2p_jax.config import Data, folders
 from ip2p_jax.data.buckets import Bucket, bucket_of_each, buckets
-from ip2p_jax.data.latents import LatentSource, cached
+from ip2p_jax.data.latents import LatentSource, cached, cached_output
 from ip2p_jax.data.pairs import PairSource
 from ip2p_jax.data.tokens import tokenize
 from ip2p_jax.data.transforms import captioned, example
-from ip2p_jax.types import Batch, CaptionedBatch, LatentBatch
+from ip2p_jax.types import Batch, CaptionedBatch, CaptionedLatentBatch, LatentBatch
 
 
 class Kind(NamedTuple):
@@ -31,6 +31,7 @@ class Kind(NamedTuple):
 PAIRS = Kind(PairSource, example, Batch)
 CAPTIONS = Kind(PairSource, captioned, CaptionedBatch)
 LATENTS = Kind(LatentSource, cached, LatentBatch)
+CAPTIONED_LATENTS = Kind(LatentSource, cached_output, CaptionedLatentBatch)
 
 TRIES = 16
 """Records in a row that may be broken."""

@@ -2,7 +2,7 @@
 """What happens to a pair on the host: one window and flip for both pictures."""
 
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -69,8 +69,9 @@ def see(picture: bytes, view: View) -> UInt8[np.ndarray, "h w 3"]:
     return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
 
 
-def captions_of(pair: Pair) -> tuple[str, str]:
-    """Both captions of a pair; ValueError names a pair that lacks one, as all of some data do."""
+def captions_of(pair: Any) -> tuple[str, str]:
+    """Both captions of a pair, or of its latents; ValueError names a pair that lacks one, as all of
+    some data do."""
     for name in ("input_caption", "output_caption"):
         if not getattr(pair, name).strip():
             raise ValueError(f"prompt {pair.prompt}, pair {pair.seed}: its {name} is empty")

@@ -92,6 +92,27 @@ class Attention(nnx.Module):
         return self.to_out[0](rearrange(attend(place, q, k, v), "b n k d -> b n (k d)"))
 
 
+@jax.custom_vjp
+def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """The exact GELU, x times the normal distribution's integral (Hendrycks and Gimpel 2016).
+
+    Its derivative is kept for the gradient: left to itself, XLA computes it again in each of the
+    operations that need it, a tenth of a transformer's time on a TPU.
+    """
+    return gelu_forward(x)[0]
+
+
+def gelu_forward(x: Float[Array, "*b"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """GELU and its derivative."""
+    y = x.astype(jnp.float32)
+    below = 0.5 + 0.5 * jax.lax.erf(y * 0.5**0.5)
+    density = jnp.exp(-0.5 * y * y) / (2 * jnp.pi) ** 0.5
+    return (y * below).astype(x.dtype), (below + y * density).astype(x.dtype)
+
+
+gelu.defvjp(gelu_forward, lambda slope, upstream: (slope * upstream,))
+
+
 class GEGLU(nnx.Module):
     """Gated linear unit with the exact (erf) GELU (Shazeer 2020)."""
 
@@ -99,8 +120,8 @@ class GEGLU(nnx.Module):
         self.proj = Linear(width, 2 * inner, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n e"]:
-        value, gate = rearrange(self.proj(x), "b n (two e) -> two b n e", two=2)
-        return value * jax.nn.gelu(gate, approximate=False)
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * gelu(gate)
 
 
 class FeedForward(nnx.Module):

@@ -35,7 +35,9 @@ class Report:
     flops: int = 0  # of the compiled program's products and convolutions
     cycles: dict[str, int] = field(default_factory=dict)  # by kind of operation
     collectives: dict[str, list[int]] = field(default_factory=dict)  # kind: how many, bytes
-    custom_calls: dict[str, int] = field(default_factory=dict)
+    kernels: int = 0  # whose time is what the chip could do at best
+    kernel_seconds: float = 0.0
+    custom_calls: dict[str, int] = field(default_factory=dict)  # of which nothing is known
     copies: int = 0
     float32_convolutions: int = 0
     loops: dict[str, int] = field(default_factory=dict)
@@ -107,13 +109,17 @@ def fill(report: Report, compiled: jax.stages.Compiled, chip: Chip) -> None:
     report.argument_bytes = stats.argument_size_in_bytes
     report.temporary_bytes = stats.temp_size_in_bytes
     cost = hlo.cost(str(compiled.as_text()))
-    report.flops = cost.flops
+    report.flops = cost.flops + sum(x.flops * n for x, n in cost.kernels.items())
     report.cycles = dict(cost.cycles.most_common())
     report.collectives = {kind: [n, cost.bytes[kind]] for kind, n in cost.calls.items()}
-    report.custom_calls = dict(cost.custom)
+    report.kernels, report.custom_calls = cost.kernels.total(), dict(cost.custom)
+    bounds = (
+        n * max(x.padded / chip.peak, x.bytes / chip.bandwidth) for x, n in cost.kernels.items()
+    )
+    report.kernel_seconds = sum(bounds, 0.0)
     report.copies, report.loops = cost.copies, cost.loops
     report.float32_convolutions = cost.float32_convolutions
-    report.seconds = cost.cycles.total() / chip.clock
+    report.seconds = cost.cycles.total() / chip.clock + report.kernel_seconds
     if report.seconds:
         report.utilisation = report.model_flops / report.seconds / chip.peak
     report.left_out = left_out(report)
@@ -122,6 +128,12 @@ def fill(report: Report, compiled: jax.stages.Compiled, chip: Chip) -> None:
 def left_out(report: Report) -> str:
     """What the sum of cycles does not hold, in a sentence."""
     parts = []
+    if report.kernels and report.seconds:
+        share = report.kernel_seconds / report.seconds
+        parts.append(
+            f"what {report.kernels} kernels take beyond the chip's bounds on their products and "
+            f"bytes ({share:.0%} of the estimate)"
+        )
     if report.custom_calls:
         names = ", ".join(f"{n} {name}" for name, n in report.custom_calls.items())
         share = max(0.0, 1 - report.flops / max(report.model_flops, 1))

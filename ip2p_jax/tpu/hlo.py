@@ -52,6 +52,21 @@ class Instruction(NamedTuple):
 Computation = dict[str, Instruction]
 
 
+class Kernel(NamedTuple):
+    """What a kernel has to do, whose cycles the compiler does not know."""
+
+    flops: int  # of its products, what it computes again included
+    padded: int  # the same, heads widened to what the product units take
+    bytes: int  # of operands and results
+
+
+KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+"""Kernels that are known, by how their names begin, with the products of queries and keys in
+each: the scores and their use; the scores again, and four gradients."""
+LANES = 128
+"""Width that the product units take."""
+
+
 class Module(NamedTuple):
     """A program: computations by name, and the one that it begins with."""
 
@@ -67,6 +82,7 @@ class Cost(NamedTuple):
     calls: Counter  # collectives by kind: how often
     bytes: Counter  # and the bytes of their operands or results, whichever are more
     custom: Counter  # custom calls without known cycles, by target
+    kernels: Counter  # those of them that are a known `Kernel`, by that
     copies: int
     float32_convolutions: int
     loops: dict[str, int]  # how often the body of each runs
@@ -74,13 +90,15 @@ class Cost(NamedTuple):
     def plus(self, other: "Cost", times: int = 1) -> "Cost":
         """This and `times` the other."""
         many = [Counter({k: times * v for k, v in x.items()}) for x in counters(other)]
-        cycles, calls, moved, custom = (a + b for a, b in zip(counters(self), many, strict=True))
+        sums = (a + b for a, b in zip(counters(self), many, strict=True))
+        cycles, calls, moved, custom, kernels = sums
         return Cost(
             cycles,
             self.flops + times * other.flops,
             calls,
             moved,
             custom,
+            kernels,
             self.copies + times * other.copies,
             self.float32_convolutions + times * other.float32_convolutions,
             self.loops | other.loops,
@@ -88,24 +106,24 @@ class Cost(NamedTuple):
 
 
 def counters(cost: Cost) -> tuple[Counter, ...]:
-    return cost.cycles, cost.calls, cost.bytes, cost.custom
+    return cost.cycles, cost.calls, cost.bytes, cost.custom, cost.kernels
 
 
 def nothing() -> Cost:
     """The cost of no operation."""
-    return Cost(Counter(), 0, Counter(), Counter(), Counter(), 0, 0, {})
+    return Cost(Counter(), 0, Counter(), Counter(), Counter(), Counter(), 0, 0, {})
 
 
 def parse(text: str) -> Module:
     """Reads `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():  # kernels have attributes of lines
         head = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line)
         if head:
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif current is not None and " = " in line:
             instruction = read(line)
@@ -176,6 +194,7 @@ def of_instruction(module: Module, around: Computation, at: Instruction) -> Cost
     products = [(c, x) for c, x in parts if x.opcode in ("convolution", "dot")]
     is_custom = at.opcode == "custom-call" and not at.cycles
     target = re.search(r'custom_call_target="([^"]+)"', at.rest)
+    known = kernel(around, at) if is_custom else None
     custom = target[1] if is_custom and target and target[1] not in NO_TIME else None
     moved = max((size(module, c, x) for c, x in parts if collective_of(x.opcode)), default=0)
     return Cost(
@@ -183,11 +202,26 @@ def of_instruction(module: Module, around: Computation, at: Instruction) -> Cost
         sum(flops(c, x) for c, x in products),
         Counter([collective] if collective else []),
         Counter({collective: moved} if collective else {}),
-        Counter([custom] if custom else []),
+        Counter([custom] if custom and not known else []),
+        Counter([known] if known else []),
         int(at.opcode in ("copy", "copy-start")),
         sum(c[x.operands[0]].shape.startswith("f32") for c, x in products),
         {},
     )
+
+
+def kernel(around: Computation, at: Instruction) -> Kernel | None:
+    """The work of a known kernel."""
+    products = next((n for name, n in KERNELS.items() if at.name.startswith(name)), None)
+    if products is None:
+        return None
+    shapes = [around[name].shape for name in at.operands if name in around]
+    q, k = [x for x in map(sides, shapes) if len(x) == 4][:2]
+    rows, heads, *plane = q
+    width, positions = sorted(plane)  # heads are narrower than the pictures that take kernels
+    each = 2 * products * rows * heads * positions * max(k[2:])
+    moved = sum(map(bytes_of, [*shapes, at.shape]))
+    return Kernel(each * width, each * -(-width // LANES) * LANES, moved)
 
 
 def fused(module: Module, at: Instruction) -> list[tuple[Computation, Instruction]]:

@@ -16,8 +16,9 @@ from ip2p_jax.devices import shapes, shardings
 from ip2p_jax.diffusion.grids import grid
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
-from ip2p_jax.models.attention import attend
+from ip2p_jax.models.attention import Attend, attend
 from ip2p_jax.models.clip import CLIPText
+from ip2p_jax.models.flash import attend_on
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import SD15, SD21, ModelConfig
 from ip2p_jax.models.unet import UNet
@@ -89,7 +90,7 @@ def train(cfg: config.Config, topology: Topology, *, pictures: bool) -> Plan:
     check_size(cfg.data.resolution, dims)
     tx, everywhere = optim.make_optimizer(cfg.optim), mesh.replicated(devices)
     dtype = BF16 if cfg.dtype == "auto" else jnp.dtype(cfg.dtype)
-    loss = loss_of(cfg, dims, dtype, cfg.remat, pictures)
+    loss = loss_of(cfg, dims, dtype, cfg.remat, pictures, attend_on(everywhere))
     trained, frozen = parts_of(cfg, dims, dtype, pictures)
     step = state.make_step(loss, tx, cfg.optim, rows, devices)
     start = state.abstract_state(state.Start(trained, lambda shardings: {}), tx)
@@ -106,7 +107,7 @@ def train(cfg: config.Config, topology: Topology, *, pictures: bool) -> Plan:
     )
     micro = size // cfg.optim.accumulate
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro))
-    plain = jax.grad(loss_of(cfg, dims, dtype, "none", pictures), has_aux=True)
+    plain = jax.grad(loss_of(cfg, dims, dtype, "none", pictures, attend), has_aux=True)
     return Plan(
         name=f"train step, {size} rows, {cfg.data.resolution} px, from "
         + ("pictures" if pictures else "cached latents"),
@@ -119,12 +120,14 @@ def train(cfg: config.Config, topology: Topology, *, pictures: bool) -> Plan:
     )
 
 
-def loss_of(cfg: config.Config, dims: ModelConfig, dtype: Any, remat: str, pictures: bool) -> Any:
+def loss_of(
+    cfg: config.Config, dims: ModelConfig, dtype: Any, remat: str, pictures: bool, attend: Attend
+) -> Any:
     """The loss of a training, as `ip2p_jax.train` has it."""
-    nets = networks(dims, dtype)
+    nets = networks(dims, dtype, attend)
     moments = moments_of_pictures(nets.vae) if pictures else moments_of_latents
     encode = (trained_text if cfg.model.train_text else frozen_text)(nets.text)
-    score = score_of(STABLE_DIFFUSION, cfg.objective, remat)
+    score = score_of(STABLE_DIFFUSION, cfg.objective, remat, attend)
     return edit_loss(nets, moments, encode, dims.vae.scaling_factor, score)
 
 
@@ -169,9 +172,16 @@ def edit(
 ) -> Plan:
     """Editing `rows` pictures a chip, three branches each, as `Editor` does."""
     check_size(resolution, dims)
-    nets, (by_row, everywhere) = networks(dims, BF16), shardings(topology.devices)
-    run = functools.partial(
-        guided.edit, SAMPLERS[sampler], STABLE_DIFFUSION, nets, dims.vae.scaling_factor
+    by_row, everywhere = shardings(topology.devices)
+    run, plain = (
+        functools.partial(
+            guided.edit,
+            SAMPLERS[sampler],
+            STABLE_DIFFUSION,
+            networks(dims, BF16, how),
+            dims.vae.scaling_factor,
+        )
+        for how in (attend_on(by_row), attend)
     )
     params = shapes(params_of(dims), BF16, everywhere)
     points = jax.tree.map(np.asarray, grid(sampler, steps, STABLE_DIFFUSION))
@@ -180,7 +190,7 @@ def edit(
         name=f"edit, {rows} pictures a chip, {resolution} px, {steps} steps of {sampler}",
         jitted=jax.jit(run, out_shardings=by_row),
         args=(params, lay(batch, by_row), lay(points, everywhere)),
-        work=run,
+        work=plain,
         work_args=(params, edit_batch(dims, rows, resolution), points),
         share=1.0,
         unit=f"{rows * len(topology.devices)} edits",
@@ -230,21 +240,22 @@ def layer_plan(
         beside = (rows, 4 * dims.unet.channels[0])
     beside = jax.ShapeDtypeStruct(beside, BF16)
 
-    def run(params: Params, x: Any, beside: Any) -> Any:
-        more = (attend,) if kind == "transformer" else ()
-        return nnx.merge(graphdef, params)(x, beside, *more)
+    def gradient(how: Attend, params: Params, x: Any, beside: Any, upstream: Any) -> Any:
+        more = (how,) if kind == "transformer" else ()
 
-    def gradient(params: Params, x: Any, beside: Any, upstream: Any) -> Any:
-        y, back = jax.vjp(run, params, x, beside)
+        def layer(params: Params, *args: Any) -> Any:
+            return nnx.merge(graphdef, params)(*args, *more)
+
+        y, back = jax.vjp(layer, params, x, beside)
         return y, back(upstream)
 
     upstream = jax.ShapeDtypeStruct((rows, side, side, c_out), BF16)
     args = nnx.to_pure_dict(params), x, beside, upstream
     return Plan(
         name=f"{kind} {c_in}-{c_out} at {side}x{side}",
-        jitted=jax.jit(gradient),
+        jitted=jax.jit(functools.partial(gradient, attend_on(everywhere))),
         args=lay(args, everywhere),
-        work=gradient,
+        work=functools.partial(gradient, attend),
         work_args=args,
         share=1.0,
         unit=f"forward and backward of {rows} rows",

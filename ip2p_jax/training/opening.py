@@ -73,7 +73,7 @@ def set_up(cfg: config.Config, workdir: str, override: list[str], distributed: b
         stop = watch_sigterm(distributed)
         fresh = checkpoint.is_fresh(workdir)
         checkpoint.check_config(workdir, cfg, override, fresh)
-        task, load, finish = runs.prepare(cfg, workdir, fresh)
+        task, load, finish = runs.prepare(cfg, workdir, fresh, devices)
         hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
         batches = load(cfg.data, seed=cfg.seed, **hosts)
         opened.callback(batches.close)
@@ -146,7 +146,7 @@ def dry_run(cfg: config.Config) -> Iterator[str]:
     devices = mesh.make_mesh(cfg.mesh)
     mesh.rows_in_place(devices, cfg.data.batch_size, cfg.optim.accumulate)
     with tempfile.TemporaryDirectory() as scratch:
-        task, load, _ = runs.prepare(cfg, scratch, True)
+        task, load, _ = runs.prepare(cfg, scratch, True, devices)
         load(cfg.data, seed=cfg.seed).close()
         shapes = state.abstract_state(task.start, optim.make_optimizer(cfg.optim))
         shardings = mesh.state_shardings(devices, shapes)

@@ -13,19 +13,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from transformers import CLIPTokenizer
 
 from ip2p_jax import checks, config
 from ip2p_jax.data.buckets import buckets
 from ip2p_jax.data.latents import check_encoder, check_settings, made_with
-from ip2p_jax.data.loader import CAPTIONS, LATENTS, PAIRS, Kind, Loader, make_loader
+from ip2p_jax.data.loader import (
+    CAPTIONED_LATENTS,
+    CAPTIONS,
+    LATENTS,
+    PAIRS,
+    Kind,
+    Loader,
+    make_loader,
+)
 from ip2p_jax.data.pairs import PairSource
 from ip2p_jax.data.tokens import tokenize
 from ip2p_jax.data.transforms import captions_of
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION, from_diffusers
+from ip2p_jax.models.flash import attend_on
 from ip2p_jax.models.presets import ModelConfig, TextConfig
-from ip2p_jax.training import logs
+from ip2p_jax.training import logs, mesh
 from ip2p_jax.training.lora import low_rank
 from ip2p_jax.training.state import Start, run_keys
 from ip2p_jax.training.tasks.clip import clip_task
@@ -79,7 +89,7 @@ def compute_type(cfg: config.Config) -> Any:
     return jnp.dtype(auto if cfg.dtype == "auto" else cfg.dtype)
 
 
-def prepare(cfg: config.Config, workdir: str, fresh: bool) -> Run:
+def prepare(cfg: config.Config, workdir: str, fresh: bool, devices: Mesh) -> Run:
     """Builds the run of `cfg`; what is frozen is read from its source once, then from DIR/base."""
     prepare_kind = {
         "edit": prepare_edit,
@@ -87,27 +97,45 @@ def prepare(cfg: config.Config, workdir: str, fresh: bool) -> Run:
         "vae": prepare_vae,
         "clip": prepare_clip,
     }[cfg.objective.kind]
-    return prepare_kind(cfg, workdir, fresh)
+    return prepare_kind(cfg, workdir, fresh, devices)
 
 
-def prepare_edit(cfg: config.Config, workdir: str, fresh: bool) -> Run:
+def prepare_edit(cfg: config.Config, workdir: str, fresh: bool, devices: Mesh) -> Run:
     """InstructPix2Pix, from a pretrained model or from scratch, on pictures or their latents."""
-    made = {folder: made_with(folder) for folder in config.folders(cfg.data)}
-    cached = any(made.values())
-    if cached:
-        check_settings(made, cfg.data)
-    build = functools.partial(edit_task, cached=cached)
-    task, tokenizer = diffusion_task(cfg, workdir, fresh, as_editor, build)
+    task = functools.partial(edit_task, attend=attend_on(mesh.replicated(devices)))
+    return prepare_diffusion(cfg, workdir, fresh, as_editor, task, (PAIRS, LATENTS))
+
+
+def prepare_generate(cfg: config.Config, workdir: str, fresh: bool, devices: Mesh) -> Run:
+    """Text-to-image, likewise."""
+    kinds = CAPTIONS, CAPTIONED_LATENTS
+    check_captions(cfg.data, kinds[is_cached(cfg.data)].source)
+    task = functools.partial(generate_task, attend=attend_on(mesh.replicated(devices)))
+    return prepare_diffusion(cfg, workdir, fresh, as_generator, task, kinds)
+
+
+def is_cached(cfg: config.Data) -> bool:
+    """Whether the data are latents."""
+    return any(made_with(folder) for folder in config.folders(cfg))
+
+
+def prepare_diffusion(
+    cfg: config.Config,
+    workdir: str,
+    fresh: bool,
+    shape: Callable[[Pretrained], Pretrained],
+    build: Callable[..., Task],
+    kinds: tuple[Kind, Kind],
+) -> Run:
+    """A task on pictures or, which is the second kind of batches, on their latents."""
+    cached = is_cached(cfg.data)
+    made = {folder: made_with(folder) for folder in config.folders(cfg.data)} if cached else {}
+    check_settings(made, cfg.data)
+    build = functools.partial(build, cached=cached)
+    task, tokenizer = diffusion_task(cfg, workdir, fresh, shape, build)
     if cached:
         check_encoder(made, encoder_digest(task.frozen["vae"]))
-    return Run(task, batches_of(LATENTS if cached else PAIRS, tokenizer), no_more)
-
-
-def prepare_generate(cfg: config.Config, workdir: str, fresh: bool) -> Run:
-    """Text-to-image, likewise."""
-    check_captions(cfg.data)
-    task, tokenizer = diffusion_task(cfg, workdir, fresh, as_generator, generate_task)
-    return Run(task, batches_of(CAPTIONS, tokenizer), no_more)
+    return Run(task, batches_of(kinds[cached], tokenizer), no_more)
 
 
 def batches_of(kind: Kind, tokenizer: CLIPTokenizer) -> Callable[..., Loader]:
@@ -260,7 +288,7 @@ def write_base(workdir: str, save: Callable[[Path], None]) -> None:
         copy_tree(epath.Path(folder) / "base", epath.Path(workdir) / "base")
 
 
-def prepare_vae(cfg: config.Config, workdir: str, fresh: bool) -> Run:
+def prepare_vae(cfg: config.Config, workdir: str, fresh: bool, devices: Mesh) -> Run:
     """A VAE from scratch. The instructions of the pairs are not used."""
     sizes = cfg.model.dims
     check_resolution(cfg, sizes.vae.factor)
@@ -274,9 +302,9 @@ def prepare_vae(cfg: config.Config, workdir: str, fresh: bool) -> Run:
     return Run(task, batches_of(PAIRS, open_tokenizer(ASSETS / "clip_tokenizer")), finish)
 
 
-def prepare_clip(cfg: config.Config, workdir: str, fresh: bool) -> Run:
+def prepare_clip(cfg: config.Config, workdir: str, fresh: bool, devices: Mesh) -> Run:
     """A CLIP from scratch. A fresh run writes DIR/base, a CLIP's folder without weights."""
-    check_captions(cfg.data)
+    check_captions(cfg.data, PairSource)
     tokenizer, sizes = open_tokenizer(Path(cfg.model.tokenizer)), cfg.model.clip
     sizes = dataclasses.replace(sizes, text=text_for(tokenizer, sizes.text))
     check_vocabulary(cfg.model, tokenizer, sizes.text)
@@ -288,12 +316,12 @@ def prepare_clip(cfg: config.Config, workdir: str, fresh: bool) -> Run:
     return Run(task, batches_of(CAPTIONS, tokenizer), no_more)
 
 
-def check_captions(cfg: config.Data) -> None:
-    """Looks at pairs all over the data; ValueError names the first that lacks a caption."""
+def check_captions(cfg: config.Data, source: Callable[..., Any]) -> None:
+    """Looks at records of the `source` all over; ValueError names the first without a caption."""
     for folder in config.folders(cfg):
-        source = PairSource(folder, cfg.split)
-        for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=int)):
-            captions_of(source[int(i)])
+        records = source(folder, cfg.split)
+        for i in np.unique(np.linspace(0, len(records) - 1, LOOKED_AT, dtype=int)):
+            captions_of(records[int(i)])
 
 
 def write_vae_config(

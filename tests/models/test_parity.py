@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ip2p_jax.models import attention
 from ip2p_jax.models.clip import CLIPText
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import SD15, SD21, TINY, ModelConfig, TextConfig, UNetConfig, VAEConfig
@@ -123,8 +124,7 @@ def tiny_unet():
 
 def test_unet_control_tanh_gelu(tiny_unet, monkeypatch):
     cfg, params, inputs, expected = tiny_unet
-    exact = jax.nn.gelu
-    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: exact(x, approximate=True))
+    monkeypatch.setattr(attention, "gelu", lambda x: jax.nn.gelu(x, approximate=True))
     assert error(run(UNet, cfg, params, *inputs), expected) > TOLERANCE
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ip2p_jax.models.attention import Place
+from ip2p_jax.models.flash import attend_on
 from ip2p_jax.programs import compiled_anew
 from ip2p_jax.tpu import hlo
 
@@ -100,3 +102,23 @@ def test_a_convolution(chip):
         assert cost.flops == 2 * 8 * 128 * 128 * 46**2  # 46 of 48 positions meet an input
         assert cost.cycles["convolution"] > 0
         assert cost.float32_convolutions == wide
+
+
+def test_kernels_are_counted_with_what_they_compute_again(v4, chip):
+    """Attention of 1024 positions, forward and backward: 6 products as the model has it, 7 in the
+    kernels, and 31 % of the product units' width is used by heads of 40."""
+    place, how = Place("", False, 32, 32), attend_on(chip)
+    x = jax.ShapeDtypeStruct((8, 1024, 2, 40), jnp.bfloat16, sharding=chip)
+
+    def gradient(q, k, v, upstream):
+        out, back = jax.vjp(lambda *qkv: how(place, *qkv), q, k, v)
+        return out, back(upstream)
+
+    cost = compiled(gradient, x, x, x, x)
+    each = 2 * 8 * 2 * 1024**2 * 40
+    assert cost.custom == {} and cost.kernels.total() == 2
+    assert sorted(kernel.flops for kernel in cost.kernels) == [2 * each, 5 * each]
+    assert all(kernel.padded * 40 == kernel.flops * 128 for kernel in cost.kernels)
+    assert all(kernel.bytes > 4 * 8 * 2 * 1024 * 40 * 2 for kernel in cost.kernels)
+    assert cost.cycles["product"] == 0  # attributes over several lines hide nothing behind them
+    assert cost.cycles.total() > 0

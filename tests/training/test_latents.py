@@ -190,6 +190,17 @@ def test_training_from_latents(packed, options, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_text_to_image_from_latents(options, tmp_path):
+    """A run on the latents of the outputs, with a grid: what they decode to, and what is made."""
+    more = ("--config.objective.kind=generate", "--config.steps=2", "--config.log.samples_every=2")
+    with one_device_only():
+        assert run(options, tmp_path, *more) == 0
+    assert logged(tmp_path) == [1, 2]
+    with Image.open(tmp_path / "samples/00000002.png") as grid:
+        assert grid.size == (2 * 16, 2 * 16)
+
+
+@pytest.mark.slow
 def test_grids_show_decoded_latents(options, tmp_path):
     """Input, edit and output: the first and the last are not the same."""
     more = ("--config.steps=1", "--config.log.samples_every=1")

@@ -16,6 +16,7 @@ from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.objective import Losses, diffusion_loss
 from ip2p_jax.diffusion.schedule import Schedule
 from ip2p_jax.guided import TextBatch, seed_keys
+from ip2p_jax.models.attention import Attend, attend
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.models.unet import REMAT
 from ip2p_jax.training.state import Metrics
@@ -68,8 +69,10 @@ Score = Callable[
 """`score(unet, keys, z0, cond, null_text)`: the loss of predictions, and what to log."""
 
 
-def score_of(schedule: Schedule, objective: config.Objective, remat: str) -> Score:
-    """What the UNet is trained for, at which cost in memory.
+def score_of(
+    schedule: Schedule, objective: config.Objective, remat: str, attend: Attend = attend
+) -> Score:
+    """What the UNet is trained for, at which cost in memory, and how it attends.
 
     Raises ValueError where the last timestep, which has no signal, would have no weight.
     """
@@ -80,7 +83,7 @@ def score_of(schedule: Schedule, objective: config.Objective, remat: str) -> Sco
         )
 
     def score(unet: Any, keys, z0, cond, null_text) -> tuple[Float[Array, ""], Metrics]:
-        network = functools.partial(unet, remat=REMAT[remat])
+        network = functools.partial(unet, attend=attend, remat=REMAT[remat])
         value, losses = diffusion_loss(
             network,
             schedule,

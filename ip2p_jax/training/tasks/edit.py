@@ -17,6 +17,7 @@ from ip2p_jax.diffusion.objective import sample_posterior
 from ip2p_jax.diffusion.samplers import SAMPLERS
 from ip2p_jax.diffusion.schedule import Schedule
 from ip2p_jax.guided import Encoded, edit_encoded, encode_text
+from ip2p_jax.models.attention import Attend, attend
 from ip2p_jax.models.presets import ModelConfig
 from ip2p_jax.models.vae import Posterior
 from ip2p_jax.networks import Networks, networks, to_pixels, to_uint8
@@ -46,16 +47,17 @@ def edit_task(
     dtype: Any,
     remat: str = "none",
     cached: bool = False,
+    attend: Attend = attend,
 ) -> Task:
     """Trains the UNet, and the text tower too unless `frozen` holds it, to edit by instruction.
 
     `null_tokens` are those of the empty text, `frozen` the parameters of the VAE at least. Batches
     are types.LatentBatch if the latents are `cached`, else types.Batch.
     """
-    nets = networks(config, dtype)
+    nets = networks(config, dtype, attend)
     encode, frozen = text_encoder(nets.text, frozen, null_tokens)
     moments = moments_of_latents if cached else moments_of_pictures(nets.vae)
-    score = score_of(schedule, objective, remat)
+    score = score_of(schedule, objective, remat, attend)
     loss = edit_loss(nets, moments, encode, config.vae.scaling_factor, score)
     sample = edit_sample(nets, moments, config, schedule, sample_steps, null_tokens)
     return Task(config, start, frozen, loss, between_decoded(nets, sample) if cached else sample)
