@@ -4,7 +4,8 @@
 A candidate is known by (seed, prompt, candidate): both pictures start from the same noise and share
 the noise of every step; p and the guidance scale are drawn from the same key. Work is cut into
 units of `rows` candidates of one prompt, and a device computes one unit at a time, so that a
-candidate is the same bit for bit whatever else is made, on any number of devices and hosts.
+candidate is the same bit for bit whatever else is made, on any number of devices and hosts (on the
+CPU: in processes of equally many threads).
 """
 
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ BACKGROUNDS = {  # colours of the first and last line; what is between is a grad
     "sunset": ((190, 168, 232), (255, 204, 160)),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross")
-SIZES = {"large": 14.0, "small": 9.0}  # half of an object's width, px
+SIZES = {"large": 14.0, "small": 10.0}  # half of an object's width, px
 TEXTURES = ("plain", "striped", "dotted")
 STYLES = ("flat", "outlined", "shadowed", "night")
 
