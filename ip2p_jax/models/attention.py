@@ -69,7 +69,7 @@ class Attention(nnx.Module):
     """Multi-head attention with diffusers' tensor names; no bias on q, k, v."""
 
     def __init__(self, width: int, context: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        def linear(c_in: int, *, bias: bool = False) -> nnx.Linear:
+        def linear(c_in: int, *, bias: bool = False) -> Linear:
             return Linear(c_in, width, use_bias=bias, dtype=dtype, rngs=rngs)
 
         self.to_q = linear(width)

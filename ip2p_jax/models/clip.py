@@ -53,7 +53,7 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention; `causal`: a position sees none after it."""
 
     def __init__(self, cfg: TowerConfig, *, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        def linear() -> nnx.Linear:
+        def linear() -> Linear:
             return Linear(cfg.width, cfg.width, dtype=dtype, rngs=rngs)
 
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear() for _ in range(4))

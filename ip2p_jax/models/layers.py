@@ -50,10 +50,29 @@ def unless_abstract(init: Callable[..., Any]) -> Callable[..., Any]:
 
 
 LECUN = unless_abstract(nnx.initializers.lecun_normal())
+LECUN_ROWS = unless_abstract(nnx.initializers.lecun_normal(in_axis=1, out_axis=0))
 EMBED = unless_abstract(nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0))
-Linear = functools.partial(nnx.Linear, kernel_init=LECUN)
 Embed = functools.partial(nnx.Embed, embedding_init=EMBED)
-"""Flax's layers with their own initial values, but for `abstract`."""
+"""Flax's layer with its own initial values, but for `abstract`."""
+
+
+class Linear(nnx.Module):
+    """x W^T + b. W is (out, in) as in torch's files, so that opening one turns no matrix round:
+    a quarter of the time of a first edit with SD 1.5 on the CPU went into that."""
+
+    def __init__(
+        self, c_in: int, c_out: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.weight = nnx.Param(LECUN_ROWS(rngs.params(), (c_out, c_in)))
+        self.bias = nnx.Param(jnp.zeros(c_out)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        weight = self.weight[...].astype(self.dtype)
+        y = jax.lax.dot_general(x.astype(self.dtype), weight, (((x.ndim - 1,), (1,)), ((), ())))
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(self.dtype), tuple(range(x.ndim - 1)))
 
 
 class Conv(nnx.Module):

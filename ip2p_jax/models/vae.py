@@ -30,7 +30,7 @@ class SpatialAttention(nnx.Module):
     """Single-head self-attention among all positions."""
 
     def __init__(self, channels: int, groups: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        def linear() -> nnx.Linear:
+        def linear() -> Linear:
             return Linear(channels, channels, dtype=dtype, rngs=rngs)
 
         self.group_norm = GroupNorm(channels, groups, eps=EPS, rngs=rngs)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from ip2p_jax import config
 from ip2p_jax.training.tasks.task import Task, given
 from ip2p_jax.types import Params
-from ip2p_jax.weights.lora import kernels, merge, shapes
+from ip2p_jax.weights.lora import matrices, merge, shapes
 
 GROUPS = {
     "attn": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -44,8 +44,8 @@ def low_rank(task: Task, cfg: config.Lora, key: Key[Array, ""]) -> Task:
 
 
 def chosen(unet: Params, targets: str) -> dict[str, Any]:
-    """The kernels of the layers that `targets` names, by layer, as PEFT matches names."""
-    every, found = kernels(unet), set()
+    """The matrices of the layers that `targets` names, by layer, as PEFT matches names."""
+    every, found = matrices(unet), set()
     for word in targets.split("+"):
         ends = GROUPS.get(word, (word,))
         of_word = {layer for layer in every if any(f".{layer}".endswith(f".{e}") for e in ends)}
@@ -55,7 +55,7 @@ def chosen(unet: Params, targets: str) -> dict[str, Any]:
                 f"attn, ff or ends of names such as conv_in, joined by +"
             )
         found |= of_word
-    return {layer: kernel for layer, kernel in every.items() if layer in found}
+    return {layer: x for layer, x in every.items() if layer in found}
 
 
 def check_conv_in(task: Task, of: dict[str, Any]) -> None:
@@ -74,7 +74,8 @@ def first_pairs(of: dict[str, Any], rank: int, key: Key[Array, ""]) -> Params:
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
     def first(path: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
-        bound = float(np.prod(x.shape[:-1])) ** -0.5 if path[-2].key == "lora_A" else 0.0
+        inputs = x.shape[1:] if path[-1].key == "weight" else x.shape[:-1]
+        bound = float(np.prod(inputs)) ** -0.5 if path[-2].key == "lora_A" else 0.0
         return rng.uniform(-bound, bound, x.shape).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(first, shapes(of, dict.fromkeys(of, rank)))

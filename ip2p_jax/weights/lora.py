@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank additions to the matrices of a network (LoRA, Hu et al. 2022): files, and merging.
 
-Where a layer has one, its kernel W becomes W + scale * B A. *Pairs* are nested dicts like those of
+Where a layer has one, its matrix W becomes W + scale * B A. *Pairs* are nested dicts like those of
 the network's parameters, of these layers only, and hold `lora_A` and `lora_B` in the place of the
-layer: kernels ((h, w,) in, rank) and ((1, 1,) rank, out), so that `port` names them as PEFT does.
+layer: weights (rank, in) and (out, rank), of convolutions kernels (h, w, in, rank) and
+(1, 1, rank, out), so that `port` names them as PEFT does.
 """
 
 import json
@@ -67,32 +68,34 @@ class Adapter(NamedTuple):
 
     def on(self, params: Params, source: str) -> Params:
         """The UNet `params` with the pairs merged; ValueError names `source` and what misfits."""
-        pairs = port_pairs(kernels(params), self.tensors, source)
+        pairs = port_pairs(matrices(params), self.tensors, source)
         return merge(params, pairs, self.alpha / self.rank)
 
 
-def kernels(params: Params) -> dict[str, Any]:
-    """The kernels that can have an addition, by layer: linear maps (in, out), convolutions."""
-    found = {path: x for path, x in leaves(params) if path[-1] == "kernel"}
-    return {".".join(map(str, path[:-1])): x for path, x in found.items() if len(x.shape) in (2, 4)}
+def matrices(params: Params) -> dict[str, Any]:
+    """What can have an addition, by layer: weights of linear maps, kernels of convolutions."""
+    found = {path: x for path, x in leaves(params) if path[-1] in ("weight", "kernel")}
+    return {".".join(map(str, path[:-1])): x for path, x in found.items()}
 
 
 def shapes(of: Mapping[str, Any], rank: Mapping[str, int]) -> Params:
-    """The shapes of the pairs of these layers, whose kernels are `of`."""
+    """The shapes of the pairs of these layers, whose matrices are `of`."""
     tree: Params = {}
-    for layer, kernel in of.items():
-        *window, c_in, c_out = kernel.shape
-        node = tree
+    for layer, x in of.items():
+        node, r = tree, rank[layer]
         for key in layer.split("."):
             node = node.setdefault(int(key) if key.isdecimal() else key, {})
-        a, b = (*window, c_in, rank[layer]), (*(1 for _ in window), rank[layer], c_out)
-        node["lora_A"] = {"kernel": jax.ShapeDtypeStruct(a, jnp.float32)}
-        node["lora_B"] = {"kernel": jax.ShapeDtypeStruct(b, jnp.float32)}
+        if len(x.shape) == 2:
+            name, a, b = "weight", (r, x.shape[1]), (x.shape[0], r)
+        else:
+            name, a, b = "kernel", (*x.shape[:3], r), (1, 1, r, x.shape[3])
+        node["lora_A"] = {name: jax.ShapeDtypeStruct(a, jnp.float32)}
+        node["lora_B"] = {name: jax.ShapeDtypeStruct(b, jnp.float32)}
     return tree
 
 
 def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
-    """`params` with scale * B A added to the kernel of every layer of `pairs` (section 4.1)."""
+    """`params` with scale * B A added to the matrix of every layer of `pairs` (section 4.1)."""
     return params | {
         key: add_product(params[key], x, scale) if "lora_A" in x else merge(params[key], x, scale)
         for key, x in pairs.items()
@@ -101,8 +104,9 @@ def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
 
 def add_product(layer: Params, pair: Params, scale: float) -> Params:
     """One layer with its addition; a window's convolution makes `rank` channels, mixed by B."""
-    a, b = pair["lora_A"]["kernel"], pair["lora_B"]["kernel"]
-    return layer | {"kernel": layer["kernel"] + scale * (a @ b.reshape(b.shape[-2:]))}
+    [(name, a)], [b] = pair["lora_A"].items(), pair["lora_B"].values()
+    product = b @ a if name == "weight" else a @ b[0, 0]
+    return layer | {name: layer[name] + scale * product}
 
 
 def add(params: dict[str, Params], option: str) -> dict[str, Params]:
@@ -138,7 +142,7 @@ def read(path: Path, params: Mapping[str, Params]) -> dict[str, Params]:
         raise ValueError(f"{file}: expected a LoRA as .safetensors")
     tensors, metadata = tensor_file.read(file)
     settings = read_settings(file, metadata)
-    of = {part: kernels(params[part]) for part in PREFIXES}
+    of = {part: matrices(params[part]) for part in PREFIXES}
     return {
         part: port_pairs(of[part], scaled(layers, settings[part], file), str(file))
         for part, layers in sort(tensors, of, str(file)).items()
@@ -146,7 +150,7 @@ def read(path: Path, params: Mapping[str, Params]) -> dict[str, Params]:
 
 
 def port_pairs(of: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> Params:
-    """Pairs from tensors in PEFT's names, for kernels `of`; raises ValueError as `from_torch`."""
+    """Pairs from tensors in PEFT's names, for matrices `of`; raises ValueError as `from_torch`."""
     layers = dict.fromkeys(name.partition(".lora_")[0] for name in tensors)
     ranks = {layer: rank_in(layer, tensors) for layer in layers}
     if unknown := [f"{layer}.lora_A.weight" for layer in ranks if layer not in of]:

@@ -2,10 +2,10 @@
 """One rule carries tensors between torch and our networks, both ways, whatever the network.
 
 Attributes are named as diffusers and transformers name their tensors, so a parameter's path is the
-tensor's name: kernel, scale and embedding are `weight`, others keep their name. Convolutions go
-OIHW <-> HWIO, linear layers (out, in) <-> (in, out). A 1x1 convolution and a linear layer are the
-same map, and files have both: the shape is adapted to the network's. Conversions are views where
-the type allows it.
+tensor's name: kernel, scale and embedding are `weight`, others keep their name. Convolutions, whose
+weights are called kernel, go OIHW <-> HWIO; all else is laid out alike. A 1x1 convolution and a
+linear layer are the same map, and files have both: the shape is adapted to the network's.
+Conversions are views where the type allows it.
 """
 
 from collections.abc import Iterator, Mapping

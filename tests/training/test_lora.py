@@ -173,11 +173,11 @@ def test_only_pairs_are_trained(trained, base):
         saved = manager.restore(3, args=ocp.args.Composite(train=read, ema=read))
     assert saved["ema"].keys() == saved["train"]["params"].keys() == {"lora"}
     p, source = load(str(trained)), load(str(base))
-    of = files.kernels(source.params["unet"])
+    of = files.matrices(source.params["unet"])
     adapted = set(lora.chosen(source.params["unet"], "attn+ff"))
     for path, x in leaves(p.params):
         name = ".".join(map(str, path[1:-1]))
-        changed = path[0] == "unet" and path[-1] == "kernel" and name in adapted
+        changed = path[0] == "unet" and path[-1] in ("weight", "kernel") and name in adapted
         y = source.params
         for key in path:
             y = y[key]
@@ -199,8 +199,8 @@ def test_loss_and_samples_are_those_of_the_merged_model(base):
         params, frozen, *rest = made
         assert frozen is p.params and rest in ([1, 2], [1])
         assert params.keys() == {"unet"}
-        before = files.kernels(p.params["unet"])
-        for layer, x in files.kernels(params["unet"]).items():
+        before = files.matrices(p.params["unet"])
+        for layer, x in files.matrices(params["unet"]).items():
             added = 4.0 if layer.endswith("to_q") else 0.0  # alpha / rank times rank
             np.testing.assert_allclose(x, before[layer] + added, rtol=1e-6)
 

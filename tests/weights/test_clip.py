@@ -76,8 +76,8 @@ def test_folder(written):
     assert clip.config.vision.projection_dim == SPACE
     assert clip.tokenizer("red").input_ids[0] == 1022
     theirs = load_file(written / "model.safetensors")
-    projection = clip.params["vision_model"]["visual_projection"]["kernel"]
-    np.testing.assert_array_equal(projection, theirs["visual_projection.weight"].T)
+    projection = clip.params["vision_model"]["visual_projection"]["weight"]
+    np.testing.assert_array_equal(projection, theirs["visual_projection.weight"])
     assert sum(1 for _ in leaves(clip.params)) == len(theirs)
     for _, x in leaves(clip.params):
         assert x.dtype == np.float32 and not x.flags.owndata  # mapped, not copied

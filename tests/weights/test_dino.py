@@ -71,9 +71,9 @@ def test_folder(written):
     assert dino.config == DINOConfig(*SIZES)
     theirs = load_file(written / "model.safetensors")
     assert "encoder.layer.1.attention.attention.query.weight" in theirs  # as in released files
-    query = dino.params["encoder"]["layers"][1]["self_attn"]["q_proj"]["kernel"]
+    query = dino.params["encoder"]["layers"][1]["self_attn"]["q_proj"]["weight"]
     name = "encoder.layer.1.attention.attention.query.weight"
-    np.testing.assert_array_equal(query, theirs[name].T)
+    np.testing.assert_array_equal(query, theirs[name])
     assert sum(1 for _ in leaves(dino.params)) == len(theirs)
     assert all(x.dtype == np.float32 for _, x in leaves(dino.params))
 

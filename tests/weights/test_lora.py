@@ -164,7 +164,7 @@ def test_models_of_peft(params, tiny_ip2p, tmp_path):
 
 def small(params: dict[str, Params]) -> lora.Adapter:
     """Pairs of two layers, all ones."""
-    of = lora.kernels(params["unet"])
+    of = lora.matrices(params["unet"])
     of = {layer: of[layer] for layer in ("conv_in", "mid_block.attentions.0.proj_in")}
     tree = lora.shapes(of, dict.fromkeys(of, 4))
 

@@ -14,7 +14,7 @@ from ip2p_jax.weights.port import from_torch, leaves, to_torch, torch_shape
 
 ABSTRACT = {
     "conv": {"kernel": np.empty((3, 3, 2, 5)), "bias": np.empty(5)},
-    "blocks": {0: {"linear": {"kernel": np.empty((4, 6))}}, 1: {"norm": {"scale": np.empty(4)}}},
+    "blocks": {0: {"linear": {"weight": np.empty((6, 4))}}, 1: {"norm": {"scale": np.empty(4)}}},
     "embed": {"embedding": np.empty((7, 3))},
 }
 SHAPES = {
@@ -38,7 +38,7 @@ def test_layout_and_names(tensors):
         params["conv"]["kernel"], tensors["conv.weight"].transpose(2, 3, 1, 0)
     )
     np.testing.assert_array_equal(
-        params["blocks"][0]["linear"]["kernel"], tensors["blocks.0.linear.weight"].T
+        params["blocks"][0]["linear"]["weight"], tensors["blocks.0.linear.weight"]
     )
     np.testing.assert_array_equal(params["embed"]["embedding"], tensors["embed.weight"])
     assert {n: torch_shape(p, x.shape) for (p, x), n in zip(leaves(params), SHAPES, strict=True)}
@@ -82,7 +82,7 @@ def test_a_linear_layer_and_a_1x1_convolution_are_the_same(tensors):
     linear = from_torch(ABSTRACT, tensors)
     conv = from_torch(ABSTRACT, {**tensors, "blocks.0.linear.weight": weight[:, :, None, None]})
     np.testing.assert_array_equal(
-        conv["blocks"][0]["linear"]["kernel"], linear["blocks"][0]["linear"]["kernel"]
+        conv["blocks"][0]["linear"]["weight"], linear["blocks"][0]["linear"]["weight"]
     )
     as_conv = {"proj_in": {"kernel": np.empty((1, 1, 4, 6))}}
     ported = from_torch(as_conv, {"proj_in.weight": weight})

@@ -69,7 +69,7 @@ def our_loss(clip, batch: CaptionedBatch, devices: int) -> tuple[float, float, n
     compute = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
     (loss, _), grads = compute(params, {}, mesh.put_batch(on, batch), keys)
     by_scale = float(grads["clip"]["logit_scale"])
-    return float(loss), by_scale, np.asarray(grads["clip"]["text_projection"]["kernel"])
+    return float(loss), by_scale, np.asarray(grads["clip"]["text_projection"]["weight"])
 
 
 @pytest.mark.parity
