@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures models in the shapes world, where it is known what is right.
 
+  python -m data_gen.shapes.measure vae --model runs/shapes_vae --output measured/vae
   python -m data_gen.shapes.measure generate --model runs/shapes_sd --output measured/sd
   python -m data_gen.shapes.measure edit --model runs/shapes_edit --output measured/edit
   python -m data_gen.shapes.measure pairs --model runs/shapes_sd --clip runs/shapes_clip \\
       --output measured/pairs
 
-generate: pictures of captions with one, two and three objects; how often every attribute is right.
-edit: edits of rendered scenes, by kind; how often the instruction is carried out, and how much of
-the rest is left alone. pairs: Prompt-to-Prompt pairs of captions at p = 0, 0.1 .. 0.9; how often
-the second picture shows the edit, and how far it agrees with the first elsewhere.
+vae: rendered scenes with one, two and three objects, encoded and decoded; how often every attribute
+can still be read. generate: pictures of captions; how often every attribute is right. edit: edits
+of rendered scenes, by kind; how often the instruction is carried out, and how much of the rest is
+left alone. pairs: Prompt-to-Prompt pairs of captions at p = 0, 0.1 .. 0.9; how often the second
+picture shows the edit, and how far it agrees with the first elsewhere.
 
 Scenes and wordings are such as training has seen, unless --held-out is given. DIR holds rows.jsonl
 (a line a picture), table.md with 95 % bootstrap intervals, and sheet.png. The same command again
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -35,7 +38,7 @@ from data_gen.contact_sheet import contact_sheet
 from data_gen.shapes.examples import COUNTS, Example, example
 from data_gen.shapes.measure_tables import TABLES
 from data_gen.shapes.pair_score import score_pair
-from data_gen.shapes.render import render
+from data_gen.shapes.render import Picture, render
 from data_gen.shapes.scene import SIDE, Scene, draw_scene
 from data_gen.shapes.score import Held, read, score
 from data_gen.shapes.words import caption, draw_voice
@@ -43,11 +46,17 @@ from data_gen.shapes.write import enlarged
 from data_gen.triplet_file import Triplet
 from ip2p_jax import checks, jobs
 from ip2p_jax.cli import atomic_path, one_line_errors, set_up_jax
+from ip2p_jax.devices import put, shardings
 from ip2p_jax.editor import Editor
 from ip2p_jax.evaluation.clip_scores import Clip
 from ip2p_jax.generator import Generator
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.models.vae import VAE
+from ip2p_jax.networks import to_pixels, to_uint8
 from ip2p_jax.placed import place
 from ip2p_jax.storage import json_lines, open_folder
+from ip2p_jax.types import Params
+from ip2p_jax.weights.load import load_vae
 
 Row = dict[str, Any]
 """What is written of one picture or pair."""
@@ -58,8 +67,21 @@ Measure = Callable[[range], Iterator[tuple[Row, Shown]]]
 
 P = tuple(i / 10 for i in range(10))
 """Shares of steps that share self-attention."""
-IMAGE_GUIDANCE, ROWS = 1.5, 16
-"""Where nothing else is said."""
+DEFAULTS = {
+    "steps": 20,
+    "sampler": "euler_ancestral",
+    "text_guidance": 7.5,
+    "image_guidance": 1.5,
+    "rows": 16,
+    "clip": None,
+}
+TAKES = {
+    "vae": ("rows",),
+    "generate": ("steps", "sampler", "text_guidance", "rows"),
+    "edit": ("steps", "sampler", "text_guidance", "image_guidance", "rows"),
+    "pairs": ("steps", "sampler", "text_guidance", "clip"),
+}
+"""Which of these options have a meaning where."""
 CHUNK = 64
 """Examples that are made and written together."""
 
@@ -88,16 +110,60 @@ def held_row(held: Held) -> Row:
     return {"complete": held.complete, **shares}
 
 
+def captions(args: argparse.Namespace, numbers: range) -> list[Captioned]:
+    """Example i has i // --count + 1 objects."""
+    return [
+        captioned(i % args.count, list(COUNTS)[i // args.count], args.seed, args.held_out)
+        for i in numbers
+    ]
+
+
+def caption_row(picture: Picture, wanted: Captioned) -> tuple[Row, Shown]:
+    """What is right in a picture of a scene."""
+    scene, words = wanted
+    row = {"objects": len(scene.objects), "caption": words, **held_row(read(picture, scene))}
+    return row, (enlarged(picture), enlarged(render(scene)), words)
+
+
+def measure_vae(args: argparse.Namespace, console: Console) -> Measure:
+    """Scenes encoded and decoded."""
+    with console.status(escape(f"loading {args.model}")):
+        through = open_vae(args.model)
+
+    def made(numbers: range) -> Iterator[tuple[Row, Shown]]:
+        wanted = captions(args, numbers)
+        truth = np.stack([render(x.scene) for x in wanted])
+        batches = [truth[i : i + args.rows] for i in range(0, len(truth), args.rows)]
+        pictures = np.concatenate([np.asarray(through(x)) for x in batches])
+        for x, first, second in zip(wanted, truth, pictures, strict=True):
+            row, shown = caption_row(second, x)
+            error = np.sqrt(np.mean((first.astype(np.float64) - second) ** 2))
+            yield row | {"error": float(error)}, shown
+
+    return made
+
+
+def open_vae(model: str) -> Callable[[np.ndarray], jax.Array]:
+    """Encodes (as the mean) and decodes uint8 pictures."""
+    cfg, params = load_vae(model)
+    graphdef, _ = abstract(VAE, cfg)
+    params = put(params, np.float32, shardings().replicated)
+
+    def through(params: Params, pictures: Any) -> Any:
+        vae = nnx.merge(graphdef, params)
+        with jax.default_matmul_precision("highest"):
+            return to_uint8(vae.decode(vae.encode(to_pixels(pictures)).mean))
+
+    program = jax.jit(through)
+    return lambda pictures: program(params, pictures)
+
+
 def measure_generate(args: argparse.Namespace, console: Console) -> Measure:
-    """Pictures of captions; example i has i // --count + 1 objects."""
+    """Pictures of captions."""
     generator: Generator = open_model(args, Generator, console)
 
     def made(numbers: range) -> Iterator[tuple[Row, Shown]]:
-        objects = [list(COUNTS)[i // args.count] for i in numbers]
-        wanted = [
-            captioned(i % args.count, n, args.seed, args.held_out)
-            for i, n in zip(numbers, objects, strict=True)
-        ]
+        wanted = captions(args, numbers)
         pictures = generator(
             [x.caption for x in wanted],
             steps=args.steps,
@@ -106,9 +172,8 @@ def measure_generate(args: argparse.Namespace, console: Console) -> Measure:
             seed=list(numbers),
             size=(SIDE, SIDE),
         )
-        for n, (scene, words), picture in zip(objects, wanted, pictures, strict=True):
-            row = {"objects": n, "caption": words, **held_row(read(np.asarray(picture), scene))}
-            yield row, (large(picture), enlarged(render(scene)), words)
+        for x, picture in zip(wanted, pictures, strict=True):
+            yield caption_row(np.asarray(picture), x)
 
     return made
 
@@ -165,8 +230,13 @@ def measure_pairs(args: argparse.Namespace, console: Console) -> Measure:
     return made
 
 
-MEASURES = {"generate": measure_generate, "edit": measure_edit, "pairs": measure_pairs}
-PARTS = {"generate": len(COUNTS), "edit": 1, "pairs": len(P)}
+MEASURES = {
+    "vae": measure_vae,
+    "generate": measure_generate,
+    "edit": measure_edit,
+    "pairs": measure_pairs,
+}
+PARTS = {"vae": len(COUNTS), "generate": len(COUNTS), "edit": 1, "pairs": len(P)}
 """How often --count examples are made."""
 
 
@@ -196,27 +266,32 @@ def parser() -> argparse.ArgumentParser:
     add("--clip", help="pairs: a CLIP, whose scores stand beside the others")
     add("--count", type=int, default=100, help="examples (of each p, of each number of objects)")
     add("--held-out", action="store_true", help="what training never sees: read it once")
-    add("--steps", type=int, default=20, help="sampling steps (%(default)s)")
-    add("--sampler", default="euler_ancestral", help="as in ip2p_jax.edit")
-    add("--text-guidance", type=float, default=7.5, help="s_T (%(default)s)")
-    add("--image-guidance", type=float, help=f"edit: s_I ({IMAGE_GUIDANCE})")
+    add("--steps", type=int, help=f"sampling steps ({DEFAULTS['steps']})")
+    add("--sampler", help=f"as in ip2p_jax.edit ({DEFAULTS['sampler']})")
+    add("--text-guidance", type=float, help=f"s_T ({DEFAULTS['text_guidance']})")
+    add("--image-guidance", type=float, help=f"edit: s_I ({DEFAULTS['image_guidance']})")
     add("--seed", type=int, default=1, help="of scenes, texts and noise; 0 trains (%(default)s)")
-    add("--rows", type=int, help=f"generate, edit: pictures made at once ({ROWS})")
+    add("--rows", type=int, help=f"pictures made at once, but for pairs ({DEFAULTS['rows']})")
     return p
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError that names an option and what was expected."""
+def settle(args: argparse.Namespace) -> None:
+    """Fills in what was not given; ValueError names an option and what was expected."""
+    for name, default in DEFAULTS.items():
+        if name not in TAKES[args.what] and getattr(args, name) is not None:
+            takers = " and ".join(what for what, names in TAKES.items() if name in names)
+            raise ValueError(f"--{name.replace('_', '-')}: expected for {takers} only")
+        if name in TAKES[args.what] and getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.what == "vae" and (args.vae or args.lora or args.revision or args.variant):
+        raise ValueError("--vae, --lora, --revision, --variant: not expected for vae")
+    if args.what == "pairs" and not args.clip:
+        raise ValueError("--clip: expected for pairs")
     if args.count < 1 or (args.rows is not None and args.rows < 1):
         raise ValueError("--count, --rows: expected at least 1")
-    if args.image_guidance is not None and args.what != "edit":
-        raise ValueError("--image-guidance: expected for edit only")
-    if args.rows is not None and args.what == "pairs":
-        raise ValueError("--rows: expected for generate and edit only")
     for name, wanted in {"steps": checks.steps, "sampler": checks.sampler}.items():
-        checks.check(name, getattr(args, name), wanted)
-    if (args.what == "pairs") != bool(args.clip):
-        raise ValueError("--clip: expected for pairs, and for nothing else")
+        if name in TAKES[args.what]:
+            checks.check(name, getattr(args, name), wanted)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -231,11 +306,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all is measured, 2 wrong input."""
     args = parser().parse_args(argv)
-    check(args)
-    if args.what == "edit" and args.image_guidance is None:
-        args.image_guidance = IMAGE_GUIDANCE
-    if args.what != "pairs" and args.rows is None:
-        args.rows = ROWS
+    settle(args)
     folder = Path(open_folder(str(args.output), settings_of(args), "shapes.measure"))
     total = args.count * PARTS[args.what]
     chunks = [range(i, min(i + CHUNK, total)) for i in range(0, total, CHUNK)]

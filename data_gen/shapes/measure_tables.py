@@ -47,7 +47,13 @@ def of_captions(rows: Sequence[Row]) -> str:
         some = [row for row in rows if row["objects"] == count]
         each = [percent([row[name] for row in some]) for name in ATTRIBUTES]
         lines.append([count, len(some), share([row["complete"] for row in some]), *each])
-    return table(["objects", "captions", "all right, %", *ATTRIBUTES], lines)
+    return table(["objects", "pictures", "all right, %", *ATTRIBUTES], lines)
+
+
+def of_reconstructions(rows: Sequence[Row]) -> str:
+    """The same, and the error in grey levels."""
+    error = mean([row["error"] for row in rows])
+    return of_captions(rows) + f"\nRoot mean squared error: {error} of 255 grey levels.\n"
 
 
 def of_edits(rows: Sequence[Row]) -> str:
@@ -78,6 +84,7 @@ def of_pairs(rows: Sequence[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "vae": of_reconstructions,
     "generate": of_captions,
     "edit": of_edits,
     "pairs": of_pairs,

@@ -95,14 +95,35 @@ def test_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     assert first.stat().st_mtime_ns == before
 
 
+def test_a_vae_that_changes_nothing_and_one_that_blurs(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "open_vae", lambda model: lambda pictures: pictures)
+    options = ["vae", "--model", "any", "--count", "6", "--rows", "4"]
+    assert measure.main([*options, "--output", str(tmp_path / "same")]) == 0
+    assert percents(tmp_path / "same", "2") == [100.0] * 9
+    assert "error: 0.000 of 255" in (tmp_path / "same" / "table.md").read_text()
+
+    def coarse(pictures):
+        return np.repeat(np.repeat(pictures[:, ::8, ::8], 8, 1), 8, 2)
+
+    monkeypatch.setattr(measure, "open_vae", lambda model: coarse)
+    assert measure.main([*options, "--output", str(tmp_path / "coarse")]) == 0
+    assert percents(tmp_path / "coarse", "2")[0] < 50
+
+
 @pytest.mark.slow
 def test_real_models(monkeypatch, tiny_sd, tiny_ip2p, tiny_clip, tmp_path):
     """Random weights: nothing is right, and every table is there."""
     monkeypatch.setattr(measure, "P", (0.0, 0.5))
     monkeypatch.setitem(measure.PARTS, "pairs", 2)
-    for what, model in (("generate", tiny_sd), ("edit", tiny_ip2p), ("pairs", tiny_sd)):
+    for what, model in (
+        ("vae", tiny_sd),
+        ("generate", tiny_sd),
+        ("edit", tiny_ip2p),
+        ("pairs", tiny_sd),
+    ):
         clip = ["--clip", str(tiny_clip)] if what == "pairs" else []
-        options = ["--model", str(model), "--count", "2", "--steps", "2", *clip]
+        steps = [] if what == "vae" else ["--steps", "2"]
+        options = ["--model", str(model), "--count", "2", *steps, *clip]
         assert measure.main([what, *options, "--output", str(tmp_path / what)]) == 0
         rows = (tmp_path / what / "rows.jsonl").read_text().splitlines()
         assert len(rows) == 2 * measure.PARTS[what]
@@ -114,12 +135,17 @@ def test_real_models(monkeypatch, tiny_sd, tiny_ip2p, tiny_clip, tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["edit", "--clip", "x"], "--clip: expected for pairs, and for nothing else"),
+        (["edit", "--clip", "x"], "--clip: expected for pairs only"),
         (["pairs"], "--clip: expected for pairs"),
         (["edit", "--count", "0"], "--count, --rows: expected at least 1"),
         (["edit", "--steps", "0"], "steps"),
         (["generate", "--image-guidance", "1.2"], "--image-guidance: expected for edit only"),
-        (["pairs", "--clip", "x", "--rows", "4"], "--rows: expected for generate and edit only"),
+        (
+            ["pairs", "--clip", "x", "--rows", "4"],
+            "--rows: expected for vae and generate and edit only",
+        ),
+        (["vae", "--steps", "5"], "--steps: expected for generate and edit and pairs only"),
+        (["vae", "--lora", "x"], "--lora, --revision, --variant: not expected for vae"),
     ],
 )
 def test_one_line_for_wrong_options(options, line, tmp_path, capsys):
