@@ -7,7 +7,9 @@ Theirs is the step of diffusers' examples/instruct_pix2pix/train_instruct_pix2pi
 pictures, text tower, dropout of the conditions, UNet, gradient clipped at 1, AdamW, EMA. Ours is
 `ip2p_jax.train`'s step from pictures, clipped too. Same networks, same batch, float32, random
 weights (time does not depend on them); each measurement is a process of its own, ours and theirs in
-turn. "half" is SD 1.5 with half its channels; "full" needs about 24 GiB.
+turn. "half" is SD 1.5 with half its channels; "full" needs about 24 GiB. A save, of the small model,
+goes on in the background: it holds up the loop until the next step begins, and where steps share
+the cores with it, they take longer meanwhile.
 """
 
 import argparse
@@ -19,12 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from processes import measure, median, setting
 
 ROOT = Path(__file__).parent.parent
 STEPS = 5  # that are timed, after two that are not
+SAVES, BETWEEN = 3, 8  # saves, and steps after each
 INSTRUCTIONS = ("make it winter", "turn it into a painting", "add a boat", "make it night")
 
 
@@ -55,7 +58,15 @@ def texts(size: Size) -> list[str]:
     return [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(size.rows)]
 
 
-def ours(folder: str, size: Size) -> dict:
+class Loop(NamedTuple):
+    """Our training step, to be called again and again."""
+
+    advance: Callable[[], None]
+    state: Callable[[], Any]
+    cfg: Any
+
+
+def our_loop(folder: str, size: Size) -> Loop:
     import dataclasses
 
     import jax
@@ -74,7 +85,7 @@ def ours(folder: str, size: Size) -> dict:
     devices = mesh.make_mesh(cfg.mesh)
     tokenizer = runs.open_sources(cfg.model).tokenizer
     with tempfile.TemporaryDirectory() as workdir:
-        task = runs.prepare(cfg, workdir, True).task
+        task = runs.prepare(cfg, workdir, True, devices).task
         tx = optim.make_optimizer(cfg.optim)
         shardings = mesh.state_shardings(devices, state.abstract_state(task.start, tx))
         everywhere = mesh.replicated(devices)
@@ -92,7 +103,34 @@ def ours(folder: str, size: Size) -> dict:
         current, metrics = step(current, frozen, batch, key)
         jax.block_until_ready(metrics)
 
-    return times(advance)
+    return Loop(advance, lambda: current, cfg)
+
+
+def ours(folder: str, size: Size) -> dict:
+    return times(our_loop(folder, size).advance)
+
+
+def saving(folder: str, size: Size) -> dict:
+    """Seconds of a step, and what a save in the background adds to the steps after it."""
+    from ip2p_jax.training import checkpoint
+
+    advance, state, cfg = our_loop(folder, size)
+    step, held_up, extra = times(advance)["step"], [], []
+    with tempfile.TemporaryDirectory() as workdir:
+        with checkpoint.open_manager(workdir, cfg.checkpoint) as manager:
+            for _ in range(SAVES):
+                start = time.perf_counter()
+                checkpoint.save(manager, state(), {}, cfg)
+                held_up.append(time.perf_counter() - start)
+                for _ in range(BETWEEN):
+                    advance()
+                extra.append(time.perf_counter() - start - BETWEEN * step)
+                manager.wait_until_finished()
+    return {
+        "step": step,
+        "held up": statistics.median(held_up),
+        "extra": statistics.median(extra),
+    }
 
 
 def theirs(folder: str, size: Size) -> dict:
@@ -148,7 +186,7 @@ def times(advance: Callable[[], None]) -> dict:
     return {"step": statistics.median(seconds[2:]), "first": seconds[0]}
 
 
-WORKERS = {"ours": ours, "theirs": theirs}
+WORKERS = {"ours": ours, "theirs": theirs, "saving": saving}
 
 
 def write_model(path: str, size: Size) -> None:
@@ -178,6 +216,11 @@ def report(results: dict[str, dict[str, list[dict]]], runs: int) -> str:
             f" | {a['step'] / b['step']:.2f} | {a['first']:.1f} / {b['first']:.1f} s "
             f"| {a['peak GiB']:.1f} / {b['peak GiB']:.1f} GiB |"
         )
+    if saved := [median(x["saving"]) for x in results.values() if "saving" in x]:
+        [s] = saved
+        held, slower = (x / s["step"] for x in (s["held up"], s["extra"] - s["held up"]))
+        lines += ["", f"A save of the small model holds up the loop for {held:.2f} steps, and the "]
+        lines[-1] += f"{BETWEEN} steps after it take {slower:.2f} steps more than others."
     return "\n".join(lines) + "\n"
 
 
@@ -199,8 +242,9 @@ def main() -> None:
         for name in args.sizes:
             folder = f"{scratch}/{name}"
             write_model(folder, SIZES[name])
+            workers = [w for w in WORKERS if w != "saving" or name == "small"]
             for i in range(args.runs):
-                for worker in WORKERS:
+                for worker in workers:
                     options = ("--sizes", name, "--folder", folder)
                     result = measure(__file__, worker, *options, cache=f"{scratch}/cache")
                     results[name].setdefault(worker, []).append(result)
