@@ -7,9 +7,9 @@ Theirs is the step of diffusers' examples/instruct_pix2pix/train_instruct_pix2pi
 pictures, text tower, dropout of the conditions, UNet, gradient clipped at 1, AdamW, EMA. Ours is
 `ip2p_jax.train`'s step from pictures, clipped too. Same networks, same batch, float32, random
 weights (time does not depend on them); each measurement is a process of its own, ours and theirs in
-turn. "half" is SD 1.5 with half its channels; "full" needs about 24 GiB. A save, of the small model,
-goes on in the background: it holds up the loop until the next step begins, and where steps share
-the cores with it, they take longer meanwhile.
+turn. "half" is SD 1.5 with half its channels; "full" needs about 24 GiB. A save, of the small
+model, goes on in the background: it holds up the loop until the next step begins, and where steps
+share the cores with it, they take longer meanwhile.
 """
 
 import argparse
