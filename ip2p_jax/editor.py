@@ -120,6 +120,36 @@ class Editor:
                 results[i] = Image.fromarray(pixels)
         return results
 
+    def warm_up(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        steps: int = 100,
+        sampler: str = "euler_ancestral",
+    ) -> None:
+        """Compiles what edits of these sizes (width, height) need, for every number of pictures, or
+        reads what was kept: no later edit with these steps waits for a compiler.
+
+        Raises ValueError for a size that the networks do not take.
+        """
+        points, multiple = self.model.grid(sampler, steps), self.model.config.multiple
+        for size in sizes:
+            if min(size) < 1 or any(side % multiple for side in size):
+                raise ValueError(f"sizes: {size}, expected multiples of {multiple} px")
+            for rows in (
+                self.model.devices * 2**i for i in range((self.rows - 1).bit_length() + 1)
+            ):
+                batch = self.batch(
+                    [Image.new("RGB", size)] * rows,
+                    None,
+                    instructions=[""] * rows,
+                    text_guidance=[0.0] * rows,
+                    image_guidance=[0.0] * rows,
+                    seed=[0] * rows,
+                    negative=[""] * rows,
+                )
+                args = self.model.arguments(batch, points)
+                self.program(sampler).compile(self.model.shapes, *args)
+
     def chunks(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> list[list[int]]:
         """Indices of pictures to edit, in groups of one size that are computed at once."""
         by_size: dict[tuple[int, int], list[int]] = {}

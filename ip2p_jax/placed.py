@@ -130,14 +130,18 @@ class Placed:
         while the parameters still arrive.
         """
         n = len(jax.tree.leaves(batch)[0])
-        fill = np.arange(padded_rows(n, self.devices)) % n
-        if len(fill) != n:
-            batch = jax.tree.map(lambda x: x[fill], batch)
-        batch = jax.device_put(batch, self.by_row)
-        args = batch, jax.device_put(points, self.replicated)
+        args = self.arguments(batch, points)
         program.compile(self.shapes, *args)
         result = program(self.params, *args)
         return jax.tree.map(lambda x: np.asarray(x)[:n], result)
+
+    def arguments(self, batch: Any, points: Grid) -> tuple[Any, Grid]:
+        """A batch that fills the devices, and its grid, there."""
+        n = len(jax.tree.leaves(batch)[0])
+        fill = np.arange(padded_rows(n, self.devices)) % n
+        if len(fill) != n:
+            batch = jax.tree.map(lambda x: x[fill], batch)
+        return jax.device_put(batch, self.by_row), jax.device_put(points, self.replicated)
 
 
 def place(

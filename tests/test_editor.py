@@ -188,6 +188,22 @@ def test_one_program_per_shape_steps_and_sampler(editor):
     assert len(program.compiled) == before + 1
 
 
+def test_after_warming_up_nothing_is_compiled(tiny_ip2p, monkeypatch):
+    """For any number of pictures of that size. Control: another number of steps is."""
+    warm = Editor(load(str(tiny_ip2p)), rows=3)
+    warm.warm_up([(32, 16)], steps=2, sampler="ddim")
+    program = warm.program("ddim")
+    assert len(program.compiled) == 3  # of 1, 2 and 4 rows
+    image = photo("coffee").resize((32, 16))
+    monkeypatch.setattr(program, "make", None)
+    for n in (1, 2, 3, 5):
+        assert len(warm([image] * n, INSTRUCTION, steps=2, sampler="ddim")) == n
+    with pytest.raises(TypeError):
+        warm(image, INSTRUCTION, steps=3, sampler="ddim")
+    with pytest.raises(ValueError, match=r"sizes: \(30, 16\), expected multiples of 16 px"):
+        warm.warm_up([(30, 16)])
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, -2.5])
 def test_guidance_of_any_size(editor, scale):
     """s_T and s_I of 0, 1 and below give finite pictures; with 1 and 1 the negative has no say."""
