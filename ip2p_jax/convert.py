@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a model to a diffusers folder or to an LDM single file; exports a LoRA or a CLIP.
+"""Converts a model to a diffusers folder or to an LDM single file; exports a LoRA, CLIP or VAE.
 
   python -m ip2p_jax.convert --from runs/edit --to my-editor --format diffusers
   python -m ip2p_jax.convert --from instruct-pix2pix-00-22000.ckpt --to ip2p --format diffusers
@@ -8,11 +8,13 @@
   python -m ip2p_jax.convert --from M --lora FILE:0.8 --to merged --format diffusers
   python -m ip2p_jax.convert --from runs/lora --to pytorch_lora_weights.safetensors --format lora
   python -m ip2p_jax.convert --from runs/clip --to my-clip --format clip
+  python -m ip2p_jax.convert --from runs/vae --to my-vae --format vae
 
 Of a run directory the EMA of its latest checkpoint is converted, of an LDM file its EMA weights if
 it has any. A run that trained a LoRA is a model with it merged; --format lora writes what was
 trained alone, for diffusers' load_lora_weights. --format clip writes a folder for transformers'
-CLIPModel. An existing path is never overwritten.
+CLIPModel, --format vae the VAE of a model, or of a run that trained one, for diffusers'
+AutoencoderKL. An existing path is never overwritten.
 """
 
 import argparse
@@ -27,8 +29,8 @@ from ip2p_jax.cli import Parser, check_writable, one_line_errors
 from ip2p_jax.jobs import add_lora
 from ip2p_jax.weights import lora
 from ip2p_jax.weights.clip import load_clip
-from ip2p_jax.weights.load import load, load_adapter
-from ip2p_jax.weights.save import save_clip, save_diffusers, save_ldm, size
+from ip2p_jax.weights.load import load, load_adapter, load_vae
+from ip2p_jax.weights.save import save_clip, save_diffusers, save_ldm, save_vae, size
 
 FORMATS = {"diffusers": save_diffusers, "ldm": save_ldm}
 DTYPES = {"float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
@@ -76,7 +78,11 @@ def export_clip(model: str, path: Path, dtype: DTypeLike) -> None:
     save_clip(load_clip(model), path, dtype=dtype)
 
 
-ALONE = {"lora": export_lora, "clip": export_clip}
+def export_vae(model: str, path: Path, dtype: DTypeLike) -> None:
+    save_vae(*load_vae(model), path, dtype=dtype)
+
+
+ALONE = {"lora": export_lora, "clip": export_clip, "vae": export_vae}
 """What stands alone beside a model."""
 
 

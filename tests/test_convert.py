@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from ip2p_jax.convert import main
+from ip2p_jax.weights.load import load_vae
 from tests.weights.folders import FILES, same, tensors
 
 
@@ -45,11 +47,19 @@ def test_another_vae(tiny_ip2p, tiny_sd, tmp_path):
     assert same(got["vae"], tensors(tiny_ip2p)["vae"])
 
 
+def test_a_vae_alone(tiny_ip2p, tmp_path):
+    """diffusers opens it, tensor by tensor the model's."""
+    out = tmp_path / "vae"
+    assert run("--from", tiny_ip2p, "--to", out, "--format", "vae") == 0
+    assert same(AutoencoderKL.from_pretrained(out).state_dict(), tensors(tiny_ip2p)["vae"])
+    assert load_vae(str(out))[0] == load_vae(str(tiny_ip2p))[0]
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     out = capsys.readouterr().out
-    assert out.count("python -m ip2p_jax.convert --from") == 6
+    assert out.count("python -m ip2p_jax.convert --from") == 7
 
 
 def evil(path: Path) -> Path:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model as a diffusers folder or an LDM single file, a CLIP as transformers' folder.
+"""Writes a model as a diffusers folder or an LDM single file, a CLIP as transformers' folder, a VAE
+alone as diffusers'.
 
 Whole, or not at all.
 """
@@ -16,7 +17,8 @@ from transformers import CLIPTokenizer
 
 from ip2p_jax.data.files import atomic_folder
 from ip2p_jax.models.clip import MEAN, STD
-from ip2p_jax.models.presets import TextConfig
+from ip2p_jax.models.presets import TextConfig, VAEConfig
+from ip2p_jax.types import Params
 from ip2p_jax.weights import configs, ldm, tensor_file
 from ip2p_jax.weights.clip import PretrainedClip
 from ip2p_jax.weights.hub import WEIGHTS, file_names
@@ -95,6 +97,14 @@ def save_ldm(
     metadata = {LDM_METADATA: json.dumps(described)}
     path.parent.mkdir(parents=True, exist_ok=True)
     tensor_file.write(path, tensors, jnp.dtype(dtype), metadata, progress)
+
+
+def save_vae(cfg: VAEConfig, params: Params, path: str | Path, *, dtype: DTypeLike) -> None:
+    """Writes a folder that diffusers' `AutoencoderKL` opens. Raises as `save_diffusers`."""
+    with atomic_folder(path) as part:
+        write_json(part / "config.json", configs.vae_to_json(cfg))
+        file = part / file_names(WEIGHTS["vae"], None)[0]
+        tensor_file.write(file, to_torch(params), jnp.dtype(dtype), {}, lambda count: None)
 
 
 def save_clip(
