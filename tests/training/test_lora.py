@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from diffusers import StableDiffusionInstructPix2PixPipeline as Pipeline
 from diffusers import UNet2DConditionModel
+from einops import rearrange
 from peft import LoraConfig
 
 from ip2p_jax import config, convert, edit, jobs, train
@@ -285,8 +286,9 @@ def test_layers_and_first_numbers_are_those_of_peft(base):
         for path, x in leaves(first):
             name = ".".join(map(str, path[:-1]))
             peft = drawn[f"{name}.default.weight"].detach().numpy()
-            assert x.shape[::-1] == peft.shape[: x.ndim - 2] + peft.shape[-2:] or x.ndim == 4
-            assert np.abs(x).max() <= (bound := float(np.prod(x.shape[:-1])) ** -0.5)
+            x = x if x.ndim == 2 else rearrange(x, "h w i o -> o i h w")
+            assert x.shape == peft.shape
+            assert np.abs(x).max() <= (bound := float(np.prod(x.shape[1:])) ** -0.5)
             assert np.abs(peft).max() <= bound * (1 + 1e-6)
             if path[-2] == "lora_A":
                 np.testing.assert_allclose(np.std(x), bound / 3**0.5, rtol=0.2)

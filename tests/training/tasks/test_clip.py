@@ -56,7 +56,7 @@ def their_loss(folder, batch: CaptionedBatch) -> tuple[float, float, np.ndarray]
     """Their loss, and its derivatives by the temperature and by one projection."""
     module, made = theirs(folder, batch)
     made.loss.backward()
-    by_projection = module.text_projection.weight.grad.numpy().T
+    by_projection = module.text_projection.weight.grad.numpy()
     return made.loss.item(), module.logit_scale.grad.item(), by_projection
 
 
