@@ -53,7 +53,8 @@ class Model:
     prediction: str = "epsilon"  # what a start from scratch predicts: epsilon or v_prediction
     zero_terminal_snr: bool = False  # a start from scratch: no signal at the last timestep (Lin et
     # al. 2024); needs v_prediction, and sampling by ddim
-    vae: str = ""  # model or VAE run whose frozen VAE is used; "": that of `base`
+    vae: str = ""  # model or VAE run whose frozen VAE is used; "": that of `base`. To train a VAE:
+    # one whose encoder stays, so that latents do, while its decoder is trained on; "": scratch
     tokenizer: str = ""  # folder with vocab.json and merges.txt; "": that of `base`
     train_text: bool = False  # train the text tower with the UNet (small models only)
 
@@ -297,13 +298,14 @@ def check(cfg: Config) -> None:
 
 DIFFUSION = (
     "objective.drop_rate objective.min_snr_gamma objective.offset_noise remat log.sample_steps "
-    "model.vae model.train_text model.prediction model.zero_terminal_snr"
+    "model.train_text model.prediction model.zero_terminal_snr"
 )
 SCRATCH = "model.prediction model.zero_terminal_snr"
+KL = "objective.kl_weight"
 LORA = "lora.alpha lora.targets"
 ADAM = "optim.b1 optim.b2 optim.eps"
-"""Settings that only some runs have a use for: those of a UNet, without a base, of a LoRA, by
-AdamW."""
+"""Settings that only some runs have a use for: those of a UNet, without a base, of a new
+encoder, of a LoRA, by AdamW."""
 
 
 def check_used(cfg: Config) -> None:
@@ -313,7 +315,9 @@ def check_used(cfg: Config) -> None:
     of_kind = f"with config.objective.kind={kind}"
     for used, where, names in (
         (kind in ("edit", "generate"), of_kind, DIFFUSION),
-        (kind == "vae", of_kind, "objective.kl_weight"),
+        (kind == "vae", of_kind, KL),
+        (kind != "vae" or not cfg.model.vae, "on the decoder of config.model.vae", KL),
+        (kind != "clip", of_kind, "model.vae"),
         (kind != "vae", of_kind, "model.tokenizer"),
         (not cfg.model.base, "with a config.model.base", SCRATCH),
         (cfg.lora.rank > 0, "without config.lora.rank", LORA),

@@ -104,6 +104,16 @@ def test_no_setting_is_without_effect(file, option, line):
         parse(f"--config.{option}", file=CONFIGS / f"{file}.py")
 
 
+def test_a_decoder_has_no_use_for_the_weight_of_its_encoder():
+    vae = dict(file=CONFIGS / "vae_cpu.py")
+    parse("--config.model.vae=x", **vae)
+    parse("--config.objective.kl_weight=2.0", **vae)
+    with pytest.raises(
+        ValueError, match="^config.objective.kl_weight is 2.0, without effect on th"
+    ):
+        parse("--config.model.vae=x", "--config.objective.kl_weight=2.0", **vae)
+
+
 def test_adafactor_has_no_use_for_the_settings_of_adam():
     parse("--config.optim.name=adafactor")
     with pytest.raises(ValueError, match="^config.optim.b1 is 0.5, without effect with config.opt"):

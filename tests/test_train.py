@@ -15,15 +15,21 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from einops import rearrange
+from flax import nnx
 from PIL import Image
 
 from data_gen.pack import pack
 from ip2p_jax import convert, publish, train
 from ip2p_jax.config import Config, Objective
 from ip2p_jax.editor import Editor
+from ip2p_jax.models.layers import abstract
+from ip2p_jax.models.vae import ENCODER, VAE
 from ip2p_jax.training import logs, mesh, state
 from ip2p_jax.weights.load import load, load_vae
 from tests.data.released import write_released
@@ -208,7 +214,7 @@ def test_steps_that_are_not_finite(options, finished, capsys, monkeypatch):
 
         def call(state, frozen, *rest):
             bad = (state.step == 21) | (state.step >= 24)
-            vae = jax.tree.map(lambda x: jax.numpy.where(bad, np.nan, x), frozen["vae"])
+            vae = jax.tree.map(lambda x: jnp.where(bad, np.nan, x), frozen["vae"])
             return made(state, {**frozen, "vae": vae}, *rest)
 
         return call
@@ -436,6 +442,32 @@ def test_training_a_vae(trained_vae):
     assert scaling(trained_vae) == cfg.scaling_factor > 0
     assert cfg.scaling_factor != 0.18215 and "decoder" in params
     assert samples(trained_vae).shape == (2 * 16, 3 * 16, 3)
+
+
+@pytest.mark.slow
+def test_training_the_decoder_on(trained_vae, vae_options, tmp_path):
+    """All of the decoder moves, nothing of the encoder does; the run goes on, and diffusers opens
+    what it made."""
+    options = [*vae_options, f"--config.model.vae={trained_vae}"]
+    start_cfg, start = load_vae(str(trained_vae))
+    for total in (2, 3):  # the first is of rate 0
+        assert run([*options, f"--config.steps={total}", "--override=steps"], tmp_path / "run") == 0
+        cfg, params = load_vae(str(tmp_path / "run"))
+        assert cfg == start_cfg and params.keys() == start.keys()
+        for part in ENCODER:
+            assert equal(params[part], start[part])
+        for part in params.keys() - set(ENCODER):
+            moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params[part], start[part])
+            assert all(jax.tree.leaves(moved))
+    assert logged(tmp_path / "run") == [1, 2, 3]
+    convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format=vae"])
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "out")
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    ours = nnx.merge(abstract(VAE, cfg)[0], params)
+    with torch.no_grad():
+        want = theirs(rearrange(torch.tensor(x), "b h w c -> b c h w")).sample.numpy()
+    got = ours.decode(ours.encode(jnp.asarray(x)).mean)
+    np.testing.assert_allclose(got, rearrange(want, "b c h w -> b h w c"), atol=1e-5)
 
 
 def on_two_hosts(options: list[str], workdir: Path) -> list[str]:

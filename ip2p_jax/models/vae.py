@@ -17,6 +17,8 @@ from ip2p_jax.models.layers import Conv, Downsample, GroupNorm, Linear, ResnetBl
 from ip2p_jax.models.presets import VAEConfig
 
 EPS = 1e-6  # of every GroupNorm in this network
+ENCODER = ("encoder", "quant_conv")
+"""The parts that latents depend on: another decoder may go with them."""
 
 
 class Posterior(NamedTuple):

@@ -61,7 +61,7 @@ from ip2p_jax.weights.load import (
     open_tokenizer,
 )
 from ip2p_jax.weights.names import Names
-from ip2p_jax.weights.save import save_clip, save_diffusers
+from ip2p_jax.weights.save import save_clip, save_diffusers, save_vae
 from ip2p_jax.weights.widen import widen
 
 MEASURED = 64
@@ -289,16 +289,24 @@ def write_base(workdir: str, save: Callable[[Path], None]) -> None:
 
 
 def prepare_vae(cfg: config.Config, workdir: str, fresh: bool, devices: Mesh) -> Run:
-    """A VAE from scratch. The instructions of the pairs are not used."""
-    sizes = cfg.model.dims
+    """A VAE from scratch, or a new decoder. The instructions of the pairs are not used."""
+    sizes, pretrained, finish = cfg.model.dims, None, no_more
+    if cfg.model.vae:
+        of_vae, pretrained = load_vae(cfg.model.vae if fresh else str(base_folder(workdir)))
+        sizes = dataclasses.replace(sizes, vae=of_vae)
+        if fresh:
+            save = functools.partial(save_vae, of_vae, pretrained, dtype=jnp.float32)
+            write_base(workdir, lambda base: save(base / "vae"))
+    else:
+        finish = functools.partial(write_vae_config, workdir, sizes)
     check_resolution(cfg, sizes.vae.factor)
     task = vae_task(
         sizes,
+        pretrained,
         kl_weight=cfg.objective.kl_weight,
         dtype=compute_type(cfg),
         key=run_keys(cfg.seed)[0],
     )
-    finish = functools.partial(write_vae_config, workdir, sizes)
     return Run(task, batches_of(PAIRS, open_tokenizer(ASSETS / "clip_tokenizer")), finish)
 
 

@@ -5,6 +5,7 @@ import hashlib
 
 import numpy as np
 
+from ip2p_jax.models.vae import ENCODER
 from ip2p_jax.types import Params
 from ip2p_jax.weights.port import leaves
 
@@ -24,4 +25,4 @@ def weights_digest(params: Params) -> str:
 
 def encoder_digest(vae: Params) -> str:
     """A digest of the half of a VAE that makes latents: another decoder may go with them."""
-    return weights_digest({part: vae[part] for part in ("encoder", "quant_conv")})
+    return weights_digest({part: vae[part] for part in ENCODER})

@@ -177,10 +177,14 @@ def load_vae(model: str) -> tuple[VAEConfig, Params]:
     ema = restore_ema(epath.Path(model)) if is_run else {}
     folder = vae_folder(path / "base" if (path / "base").is_dir() else path)
     cfg = configs.vae_from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    if "vae" in ema:
-        return cfg, from_torch(abstract_part("vae", cfg), to_torch(ema["vae"]), f"{model}: vae")
-    tensors, source = read_weights(folder, WEIGHTS["vae"])
-    return cfg, port_part("vae", cfg, tensors, detect({"vae": tensors}), source)
+    shapes, trained = abstract_part("vae", cfg), ema.get("vae", {})
+    params = from_torch(
+        {name: shapes[name] for name in trained}, to_torch(trained), f"{model}: EMA of the vae"
+    )
+    if len(params) < len(shapes):  # all, or but for the decoder
+        tensors, source = read_weights(folder, WEIGHTS["vae"])
+        params = port_part("vae", cfg, tensors, detect({"vae": tensors}), source) | params
+    return cfg, params
 
 
 def vae_folder(path: Path) -> Path:

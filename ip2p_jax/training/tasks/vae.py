@@ -14,15 +14,23 @@ from jaxtyping import Array, Float, Key, UInt8
 from ip2p_jax.diffusion.objective import sample_posterior
 from ip2p_jax.models.layers import abstract
 from ip2p_jax.models.presets import ModelConfig
-from ip2p_jax.models.vae import VAE
+from ip2p_jax.models.vae import ENCODER, VAE
 from ip2p_jax.networks import to_pixels, to_uint8
 from ip2p_jax.training.state import Metrics, mean
-from ip2p_jax.training.tasks.task import Task, scratch
+from ip2p_jax.training.tasks.task import Task, given, scratch
 from ip2p_jax.types import Batch, Params
 
 
-def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Array, ""]) -> Task:
-    """Trains the VAE from scratch on both pictures of each pair.
+def vae_task(
+    config: ModelConfig,
+    pretrained: Params | None = None,
+    *,
+    kl_weight: float,
+    dtype: Any,
+    key: Key[Array, ""],
+) -> Task:
+    """Trains the VAE from scratch on both pictures of each pair; or, where one is given, its
+    decoder for its latents as they are (as the ft-EMA and ft-MSE decoders of SD were trained on).
 
     Loss per picture: sums over its values of |difference| and of |difference of neighbours|, plus
     `kl_weight` times KL(q(z | x) || N(0, 1)) (Rombach et al. 2022, appendix G, without adversary
@@ -38,7 +46,7 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
         x = to_pixels(jnp.stack([batch.input, batch.output], axis=1))
         x = rearrange(x, "b pair h w c -> (b pair) h w c")
         keys = jax.vmap(lambda key: jax.random.split(key, 2))(keys).reshape(-1)
-        vae = nnx.merge(graphdef, params["vae"])
+        vae = nnx.merge(graphdef, params["vae"] | frozen)
         posterior = vae.encode(x)
         d = vae.decode(sample_posterior(keys, *posterior)) - x
         edges = jnp.mean(jnp.abs(jnp.diff(d, axis=1))) + jnp.mean(jnp.abs(jnp.diff(d, axis=2)))
@@ -49,10 +57,14 @@ def vae_task(config: ModelConfig, *, kl_weight: float, dtype: Any, key: Key[Arra
         return value, logs
 
     def sample(ema: Params, frozen: Params, batch: Batch) -> UInt8[Array, "b h w 3"]:
-        vae = nnx.merge(graphdef, ema["vae"])
+        vae = nnx.merge(graphdef, ema["vae"] | frozen)
         return to_uint8(vae.decode(vae.encode(to_pixels(batch.input)).mean))
 
-    return Task(config, scratch(key, vae=(VAE, config.vae)), {}, loss, sample)
+    if pretrained is None:
+        return Task(config, scratch(key, vae=(VAE, config.vae)), {}, loss, sample)
+    frozen = {name: pretrained[name] for name in ENCODER}
+    trained = {name: x for name, x in pretrained.items() if name not in ENCODER}
+    return Task(config, given({"vae": trained}), frozen, loss, sample)
 
 
 def latent_std(config: ModelConfig, vae: Params, batches: Iterator[Batch], count: int) -> float:
