@@ -463,7 +463,7 @@ def test_training_the_decoder_on(trained_vae, vae_options, tmp_path):
     convert.main(["--from", str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--format=vae"])
     theirs = AutoencoderKL.from_pretrained(tmp_path / "out")
     x = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
-    ours = nnx.merge(abstract(VAE, cfg)[0], params)
+    ours = nnx.merge(abstract(VAE, cfg)[0], jax.tree.map(jnp.asarray, params))
     with torch.no_grad():
         want = theirs(rearrange(torch.tensor(x), "b h w c -> b c h w")).sample.numpy()
     got = ours.decode(ours.encode(jnp.asarray(x)).mean)
