@@ -112,20 +112,21 @@ def ours(folder: str, size: Size) -> dict:
 
 def saving(folder: str, size: Size) -> dict:
     """Seconds of a step, and what a save in the background adds to the steps after it."""
-    from ip2p_jax.training import checkpoint
+    from ip2p_jax.training import checkpoint, saving
 
     advance, state, cfg = our_loop(folder, size)
     step, held_up, extra = times(advance)["step"], [], []
     with tempfile.TemporaryDirectory() as workdir:
         with checkpoint.open_manager(workdir, cfg.checkpoint) as manager:
+            saver = saving.Saver(manager, cfg, dict, None)
             for _ in range(SAVES):
                 start = time.perf_counter()
-                checkpoint.save(manager, state(), {}, cfg)
+                saver.save(state(), print)
                 held_up.append(time.perf_counter() - start)
                 for _ in range(BETWEEN):
                     advance()
                 extra.append(time.perf_counter() - start - BETWEEN * step)
-                manager.wait_until_finished()
+                saver.settle(0, print)
     return {
         "step": step,
         "held up": statistics.median(held_up),
