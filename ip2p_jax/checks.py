@@ -41,6 +41,12 @@ def sampler(x: Any) -> str | None:
     return None if x in list(SAMPLERS) else f"one of {', '.join(SAMPLERS)}"
 
 
+def interval(x: Any) -> str | None:
+    levels = x is None or isinstance(x, (list, tuple)) and len(x) == 2 and not any(map(number, x))
+    usable = x is None or levels and 0 <= x[0] < x[1]
+    return None if usable else "two noise levels, 0 or more, the lower one first"
+
+
 def check(name: str, value: Any, wanted: Check) -> None:
     """Raises ValueError that names the option if `value` is not what is wanted."""
     if words := wanted(value):

@@ -8,10 +8,11 @@
   python -m ip2p_jax.edit --model photos --requests edits.jsonl
 
 A requests file has one JSON object a line: {"input": ..., "instruction": ..., "output": ...} and
-any of steps, sampler, text_guidance, image_guidance, guidance_rescale, seed, negative, resolution;
-what a line leaves out comes from the command line. Of several edits, one whose output is there
-already, made with the same settings, is left alone: the same command again does only what is
-missing. Pictures that cannot be edited are listed at the end, and the exit code is 1.
+any of steps, sampler, text_guidance, image_guidance, guidance_rescale, guidance_interval, seed,
+negative, resolution; what a line leaves out comes from the command line. Of several edits, one
+whose output is there already, made with the same settings, is left alone: the same command again
+does only what is missing. Pictures that cannot be edited are listed at the end, and the exit code
+is 1.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     editor, checker = jobs.open_model(args, Editor, console)
     jobs.check_grids(due, editor.model)
-    batches = jobs.units(requests, due, editor.most, lambda r: (r.steps, r.sampler, r.resolution))
+    batches = jobs.units(requests, due, editor.most, together)
 
     def make(batch: Sequence[Request]) -> tuple[dict[Request, Image.Image], list[str]]:
         images, failures = read_all(editor, batch)
@@ -108,6 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for reason in failures:
         print(f"failed: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def together(r: Request) -> tuple:
+    """What requests of one batch have in common."""
+    return (r.steps, r.sampler, r.resolution, r.guidance_interval)
 
 
 def resolution_of(request: Request, editor: Editor) -> int | None:
@@ -143,7 +149,7 @@ def read(request: Request, editor: Editor) -> Image.Image:
 def edit(
     editor: Editor, checker: SafetyChecker | None, images: dict[Request, Image.Image]
 ) -> dict[Request, Image.Image]:
-    """Runs the editor on requests that have steps, sampler and resolution in common."""
+    """Runs the editor on requests of one batch."""
     first = next(iter(images))
     results = editor(
         list(images.values()),
@@ -156,6 +162,7 @@ def edit(
         seed=[r.seed for r in images],
         negative=[r.negative for r in images],
         resolution=resolution_of(first, editor),
+        guidance_interval=first.guidance_interval,
     )
     if checker is not None:
         results = checker.black_out(results)

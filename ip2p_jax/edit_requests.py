@@ -23,6 +23,7 @@ class Request:
     text_guidance: float = 7.5
     image_guidance: float = 1.5
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
     seed: int = 0
     negative: str = ""
     resolution: int | str | None = None
@@ -52,6 +53,8 @@ def make_request(values: dict[str, Any]) -> Request:
         checks.check(name, values[name], wanted)
     scales = ("text_guidance", "image_guidance", "guidance_rescale")
     floats: dict[str, Any] = {name: float(values[name]) for name in scales}
+    if interval := values["guidance_interval"]:
+        floats["guidance_interval"] = tuple(map(float, interval))
     return Request(**values | floats)
 
 

@@ -39,6 +39,7 @@ class Request:
     sampler: str = "euler_ancestral"
     text_guidance: float = 7.5
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
     seed: int = 0
     negative: str = ""
     size: str | None = None
@@ -68,6 +69,7 @@ def requests_of(args: argparse.Namespace) -> list[Request]:
         name: getattr(args, name)
         for name in ("steps", "sampler", "text_guidance", "guidance_rescale", "negative", "size")
     }
+    options["guidance_interval"] = args.guidance_interval and tuple(args.guidance_interval)
     seeds = range(args.seed, args.seed + args.count)
     pictures = [(i, seed) for i in range(len(args.prompt)) for seed in seeds]
     outputs = jobs.outputs_of([f"{i + 1}_{seed}" for i, seed in pictures], args.output)
@@ -129,6 +131,7 @@ def generate(
         seed=[r.seed for r in batch],
         negative=[r.negative for r in batch],
         size=size,
+        guidance_interval=batch[0].guidance_interval,
     )
     if checker is not None:
         results = checker.black_out(results)

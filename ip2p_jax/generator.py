@@ -66,17 +66,19 @@ class Generator:
         latents: Float[Any, "b h w z"] | None = None,
         size: tuple[int, int] | None = None,
         guidance_rescale: float | Sequence[float] = 0.0,
+        guidance_interval: Sequence[float] | None = None,
     ) -> list[Image.Image]:
         """Makes a picture of each prompt; scalars hold for all pictures.
 
-        steps, sampler, text_guidance, seed, negative, latents, guidance_rescale: as `Editor` takes
-          them.
+        steps, sampler, text_guidance, seed, negative, latents, guidance_rescale,
+          guidance_interval: as `Editor` takes them.
         size: width and height in pixels, multiples of what the networks take (64 for SD); None:
           the model's own (512x512 for SD 1.5).
 
         A result depends on its own row of the arguments alone, as the Editor's does. Raises
         ValueError for anything that cannot be used.
         """
+        checks.check("guidance_interval", guidance_interval, checks.interval)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         n = len(prompts)
         rows = {
@@ -95,7 +97,8 @@ class Generator:
             chunk = slice(i, i + self.most)
             picked = {name: values[chunk] for name, values in rows.items()}
             start = None if latents is None else latents[chunk]
-            made = self.generate(self.batch(start, size, **picked), steps, sampler)
+            batch = self.batch(start, size, **picked)
+            made = self.generate(batch, steps, sampler, guidance_interval)
             results += map(Image.fromarray, made.images)
         return results
 
@@ -117,7 +120,13 @@ class Generator:
             prompts, negative, text_guidance, seed, latents, size, guidance_rescale
         )
 
-    def generate(self, batch: TextBatch, steps: int, sampler: str) -> Pictures:
+    def generate(
+        self,
+        batch: TextBatch,
+        steps: int,
+        sampler: str,
+        guidance_interval: Sequence[float] | None = None,
+    ) -> Pictures:
         """Runs the compiled program on a batch."""
-        points = self.model.grid(sampler, steps)
+        points = self.model.grid(sampler, steps, guidance_interval)
         return self.model.run(self.program(sampler), batch, points)

@@ -19,6 +19,7 @@ from ip2p_jax.diffusion.denoise import (
     denoiser,
     guide_edit,
     guide_text,
+    limited,
     one_batch,
     rescaled,
 )
@@ -88,7 +89,8 @@ def generate(
     """Samples pictures of texts (Rombach et al. 2022), guided by text alone, and decodes them."""
     encoded = encode_text(networks, params, batch)
     rescale = rescale_of(schedule, batch)
-    denoise = text_denoise(schedule, networks, params, encoded, batch.text_guidance, rescale)
+    scale = batch.text_guidance
+    denoise = text_denoise(schedule, networks, params, encoded, scale, rescale, points.guided)
     z = sample(denoise, batch.noise, points, batch.keys)
     return decode(networks, scaling, params, z)
 
@@ -123,7 +125,7 @@ def edit_encoded(
     """The same of what has been encoded; the tokens of `text` are not used."""
     scales = text.text_guidance, image_guidance
     rescale = rescale_of(schedule, text)
-    denoise = edit_denoise(schedule, networks, params, encoded, *scales, rescale)
+    denoise = edit_denoise(schedule, networks, params, encoded, *scales, rescale, points.guided)
     z = sample(denoise, text.noise, points, text.keys)
     return decode(networks, scaling, params, z)
 
@@ -140,10 +142,12 @@ def text_denoise(
     encoded: Encoded,
     text_guidance: Float[Array, "b"],
     rescale: Rescale = as_guided,
+    interval: Float[Array, "2"] | None = None,
 ) -> Denoise:
-    """The UNet as a denoiser that is guided by text alone."""
-    network = one_batch(unet(networks, params))
-    return guide_text(denoiser(network, schedule), *encoded, text_guidance, rescale)
+    """The UNet as a denoiser that is guided by text alone, at the noise levels of the interval."""
+    denoise = denoiser(one_batch(unet(networks, params)), schedule)
+    guided = guide_text(denoise, *encoded, text_guidance, rescale)
+    return limited(guided, lambda z, sigma: denoise(z, sigma, encoded.cond), interval)
 
 
 def edit_denoise(
@@ -154,11 +158,12 @@ def edit_denoise(
     text_guidance: Float[Array, "b"],
     image_guidance: Float[Array, "b"],
     rescale: Rescale = as_guided,
+    interval: Float[Array, "2"] | None = None,
 ) -> Denoise:
-    """The UNet as a denoiser that is guided by image and text."""
-    network = one_batch(unet(networks, params))
-    scales = text_guidance, image_guidance
-    return guide_edit(denoiser(network, schedule), *encoded, *scales, rescale)
+    """The UNet as a denoiser that is guided by image and text, at the levels of the interval."""
+    denoise = denoiser(one_batch(unet(networks, params)), schedule)
+    guided = guide_edit(denoise, *encoded, text_guidance, image_guidance, rescale)
+    return limited(guided, lambda z, sigma: denoise(z, sigma, encoded.cond), interval)
 
 
 def unet(networks: Networks, params: Params) -> Network:

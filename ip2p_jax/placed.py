@@ -71,9 +71,11 @@ class Placed:
         """CLIP's tokens, cut and padded to the length of the text tower."""
         return tokenize(self.tokenizer, texts, self.config.text.positions)
 
-    def grid(self, sampler: str, steps: int) -> Grid:
-        """The noise levels of a sampler on this model; ValueError if it cannot have them."""
-        return grid(sampler, steps, self.schedule, self.scheduler)
+    def grid(self, sampler: str, steps: int, guided: Sequence[float] | None = None) -> Grid:
+        """The noise levels of a sampler on this model, and those between which it is guided (None:
+        all); ValueError if it cannot have them."""
+        points = grid(sampler, steps, self.schedule, self.scheduler)
+        return points._replace(guided=None if guided is None else np.asarray(guided, np.float32))
 
     def text_batch(
         self,

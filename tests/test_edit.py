@@ -69,7 +69,8 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
     """The same pixels; the settings in the metadata; a progress bar on stderr."""
     args = ("--input", "in.png", "--instruction", "make it blue", "--output", "new/a.PNG")
     more = ("--text-guidance", "5", "--image-guidance", "-0.5", "--seed", "7", "--negative", "red")
-    assert command(*args, *more, "--guidance-rescale", "0.5") == 0
+    more += ("--guidance-rescale", "0.5", "--guidance-interval", "0.5", "5")
+    assert command(*args, *more) == 0
     out, err = capsys.readouterr()
     assert out == "" and "editing" in err and "1/1" in err
     [want] = editor(
@@ -82,6 +83,7 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
         negative="red",
         resolution=64,
         guidance_rescale=0.5,
+        guidance_interval=(0.5, 5.0),
     )
     assert want.size == (64, 48)
     assert np.array_equal(array(folder / "new" / "a.PNG"), array(want))
@@ -104,6 +106,7 @@ def test_the_command_is_the_editor(command, editor, folder, capsys, model):
             "text_guidance": 5.0,
             "image_guidance": -0.5,
             "guidance_rescale": 0.5,
+            "guidance_interval": [0.5, 5.0],
             "seed": 7,
             "negative": "red",
             "resolution": None,
@@ -167,6 +170,7 @@ def test_guidance_of_0_1_and_below(command, folder):
         "nothing-other": zero | {"image_guidance": 0, "input": "other.png", "instruction": "x"},
         "one": one,
         "one-negative": one | {"negative": "something else"},
+        "nowhere": {"guidance_interval": [100, 1000]},
         "two-negative": {"negative": "something else"},
         "below": {"text_guidance": -2, "image_guidance": -2},
     }
@@ -179,6 +183,7 @@ def test_guidance_of_0_1_and_below(command, folder):
 
     assert apart("no-text", "no-text-other") <= 1  # s_T = 0: no instruction
     assert apart("nothing", "nothing-other") <= 1  # s_I = 0 as well: no picture
+    assert apart("one", "nowhere") <= 1  # guided above all noise levels alone
     assert apart("one", "one-negative") <= 1  # s_T = s_I = 1: the conditional branch alone
     for a, b in (("plain", "no-text"), ("no-text", "nothing"), ("plain", "two-negative")):
         assert apart(a, b) > 5
@@ -363,7 +368,7 @@ def test_a_disk_that_is_full(command, folder, capsys, monkeypatch):
 
 def test_only_what_is_missing(command, folder, capsys, monkeypatch):
     """The same settings: left alone, the model not opened. Other settings: made anew."""
-    line = {"input": "in.png", "instruction": "", "output": "a.png"}
+    line = {"input": "in.png", "instruction": "", "output": "a.png", "guidance_interval": [0, 1]}
     args = ("--requests", "r.jsonl")
     write_requests(folder / "r.jsonl", line, line | {"output": "b.png", "seed": 1})
     assert command(*args) == 0

@@ -45,6 +45,8 @@ def refused(folder, monkeypatch, capsys):
         (("--steps", "ten"), "argument --steps: invalid int value: 'ten'"),
         (("--sampler", "plms"), "sampler: 'plms', expected one of euler_ancestral, euler, heun"),
         (("--guidance-rescale", "1.5"), "guidance_rescale: 1.5, expected 0 to 1"),
+        (("--guidance-interval", "5", "1"), "guidance_interval: [5.0, 1.0], expected two noise"),
+        (("--guidance-interval", "-1", "nan"), "nan], expected two noise levels, 0 or more"),
         (("--text-guidance", "nan"), "text_guidance: nan, expected a finite number"),
         (("--image-guidance", "inf"), "image_guidance: inf, expected a finite number"),
         (("--seed", "-1"), "seed: -1, expected an integer from 0 to 2^32 - 1"),

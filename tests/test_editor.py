@@ -215,6 +215,21 @@ def test_guidance_of_any_size(editor, scale):
     assert (difference <= 1) == (scale == 1.0)
 
 
+def test_guidance_in_an_interval(editor):
+    """Of all noise levels: as without one; of none: as with scales of 1; else neither."""
+    image, options = photo("astronaut"), dict(steps=4, sampler="ddim")
+    high = float(editor.model.grid("ddim", 4).sigmas[1])
+
+    def edited(**more) -> np.ndarray:
+        return np.asarray(editor(image, "make it red", **options, **more)[0]).astype(int)
+
+    plain, unguided = edited(), edited(text_guidance=1.0, image_guidance=1.0)
+    assert np.abs(edited(guidance_interval=(0.0, 1e9)) - plain).max() <= 1
+    assert np.abs(edited(guidance_interval=(1e8, 1e9)) - unguided).max() <= 1
+    partly = edited(guidance_interval=(0.0, high))
+    assert min(np.abs(partly - x).max() for x in (plain, unguided)) > 1
+
+
 def test_empty_instruction_returns_the_resized_input(editor):
     image = Image.fromarray(skimage.data.coffee())
     [same] = editor(image, "  ", resolution=64)

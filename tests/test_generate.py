@@ -68,6 +68,7 @@ def test_the_command_is_the_generator(command, generator, folder, capsys, tiny_s
             "sampler": "euler_ancestral",
             "text_guidance": 5.0,
             "guidance_rescale": 0.0,
+            "guidance_interval": None,
             "seed": 7,
             "negative": "red",
             "size": "64x64",

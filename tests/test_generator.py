@@ -18,7 +18,9 @@ NEGATIVE = "blurry, text"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 
 
-def painted(theirs, start, sampler="ddim", steps=STEPS, prompt=PROMPT, negative="", s_t=7.5):
+def painted(
+    theirs, start, sampler="ddim", steps=STEPS, prompt=PROMPT, negative="", s_t=7.5, **more
+):
     """Their final latents and picture."""
     height, width = (theirs.pipe.vae_scale_factor * x for x in start.shape[1:3])
     return theirs(
@@ -30,16 +32,19 @@ def painted(theirs, start, sampler="ddim", steps=STEPS, prompt=PROMPT, negative=
         guidance_scale=s_t,
         height=height,
         width=width,
+        **more,
     )
 
 
-def ours(generator, start, sampler="ddim", steps=STEPS, prompt=PROMPT, negative="", s_t=7.5):
+def ours(
+    generator, start, sampler="ddim", steps=STEPS, prompt=PROMPT, negative="", s_t=7.5, guided=None
+):
     factor = generator.model.config.vae.factor
     size = (start.shape[2] * factor, start.shape[1] * factor)
     batch = generator.batch(
         start, size, prompts=[prompt], text_guidance=[s_t], seed=[0], negative=[negative]
     )
-    made = generator.generate(batch, steps, sampler)
+    made = generator.generate(batch, steps, sampler, guided)
     return made.latents, made.images[0]
 
 
@@ -81,6 +86,28 @@ def test_controls_are_seen(generator, theirs):
     for name, (our_latents, our_picture) in wrong.items():
         assert relative(our_latents, latents) > 5 * LATENTS, name
         assert psnr(our_picture, picture) < PSNR, name
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_guidance_that_ends_early_is_diffusers(generator, theirs, sampler):
+    """Guided for four of ten steps, as their callbacks have it; a step more or less is seen."""
+
+    def end(pipe, i, t, tensors):
+        if i == 3:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    start, sigmas = noise(SQUARE), generator.model.grid(sampler, STEPS).sigmas
+    more = dict(callback_on_step_end=end, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    latents, picture = painted(theirs, start, sampler, **more)
+    of_steps = {
+        n: ours(generator, start, sampler, guided=(float(sigmas[n]), 1e9)) for n in (3, 4, 5)
+    }
+    assert relative(of_steps[4][0], latents) < LATENTS
+    assert psnr(of_steps[4][1], picture) > PSNR
+    assert min(relative(of_steps[n][0], latents) for n in (3, 5)) > 5 * LATENTS
 
 
 @pytest.mark.parity

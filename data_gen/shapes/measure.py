@@ -72,13 +72,14 @@ DEFAULTS = {
     "sampler": "euler_ancestral",
     "text_guidance": 7.5,
     "image_guidance": 1.5,
+    "guidance_interval": None,
     "rows": 16,
     "clip": None,
 }
 TAKES = {
     "vae": ("rows",),
-    "generate": ("steps", "sampler", "text_guidance", "rows"),
-    "edit": ("steps", "sampler", "text_guidance", "image_guidance", "rows"),
+    "generate": ("steps", "sampler", "text_guidance", "guidance_interval", "rows"),
+    "edit": ("steps", "sampler", "text_guidance", "image_guidance", "guidance_interval", "rows"),
     "pairs": ("steps", "sampler", "text_guidance", "clip"),
 }
 """Which of these options have a meaning where."""
@@ -169,6 +170,7 @@ def measure_generate(args: argparse.Namespace, console: Console) -> Measure:
             steps=args.steps,
             sampler=args.sampler,
             text_guidance=args.text_guidance,
+            guidance_interval=args.guidance_interval,
             seed=list(numbers),
             size=(SIDE, SIDE),
         )
@@ -192,6 +194,7 @@ def measure_edit(args: argparse.Namespace, console: Console) -> Measure:
             sampler=args.sampler,
             text_guidance=args.text_guidance,
             image_guidance=args.image_guidance,
+            guidance_interval=args.guidance_interval,
             seed=list(numbers),
         )
         for x, first, second in zip(wanted, before, edited, strict=True):
@@ -270,6 +273,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sampler", help=f"as in ip2p_jax.edit ({DEFAULTS['sampler']})")
     add("--text-guidance", type=float, help=f"s_T ({DEFAULTS['text_guidance']})")
     add("--image-guidance", type=float, help=f"edit: s_I ({DEFAULTS['image_guidance']})")
+    jobs.add_interval(p)
     add("--seed", type=int, default=1, help="of scenes, texts and noise; 0 trains (%(default)s)")
     add("--rows", type=int, help=f"pictures made at once, but for pairs ({DEFAULTS['rows']})")
     return p
@@ -289,7 +293,8 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError("--clip: expected for pairs")
     if args.count < 1 or (args.rows is not None and args.rows < 1):
         raise ValueError("--count, --rows: expected at least 1")
-    for name, wanted in {"steps": checks.steps, "sampler": checks.sampler}.items():
+    sampling = ("steps", "sampler", "guidance_interval")
+    for name, wanted in ((name, jobs.SAMPLING[name]) for name in sampling):
         if name in TAKES[args.what]:
             checks.check(name, getattr(args, name), wanted)
 
@@ -298,7 +303,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the results."""
     names = ("what", "model", "vae", "lora", "dtype", "clip", "count", "held_out", "steps")
     names += ("revision", "variant")
-    names += ("sampler", "text_guidance", "image_guidance", "seed", "rows")
+    names += ("sampler", "text_guidance", "image_guidance", "guidance_interval", "seed", "rows")
     return {name: getattr(args, name) for name in names}
 
 

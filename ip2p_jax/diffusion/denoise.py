@@ -139,6 +139,22 @@ def guide_edit(
     return guided
 
 
+def limited(guided: Denoise, conditional: Denoise, interval: Float[Array, "2"] | None) -> Denoise:
+    """Guidance at noise levels in (low, high] alone (Kynkäänniemi et al. 2024, equation 5).
+
+    Elsewhere only the conditional branch is computed, a third of the work of an edit. None: guided
+    at all levels.
+    """
+    if interval is None:
+        return guided
+    low, high = interval
+
+    def denoise(z: Float[Array, "b h w c"], sigma: Float[Array, ""]) -> Float[Array, "b h w c"]:
+        return jax.lax.cond((low < sigma) & (sigma <= high), guided, conditional, z, sigma)
+
+    return denoise
+
+
 def guide_text(
     denoise: ConditionalDenoise,
     cond: Conditioning,

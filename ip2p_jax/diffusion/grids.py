@@ -60,11 +60,13 @@ class Grid(NamedTuple):
       step ends (0, or the lowest level of the table).
     start: the sampler begins at `start * unit noise`.
     end: its result is `end * z`.
+    guided: guidance acts at noise levels in (low, high]; None: at all of them.
     """
 
     sigmas: Float[Any, "m"]
     start: Float[Any, ""]
     end: Float[Any, ""]
+    guided: Float[Any, "2"] | None = None
 
 
 def sampler_of(scheduler_config: dict[str, Any] | None) -> str | None:

@@ -12,7 +12,14 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ip2p_jax.diffusion import grids
-from ip2p_jax.diffusion.denoise import denoiser, guide_edit, guide_text, rescaled
+from ip2p_jax.diffusion.denoise import (
+    denoiser,
+    guide_edit,
+    guide_text,
+    limited,
+    one_batch,
+    rescaled,
+)
 from ip2p_jax.diffusion.schedule import STABLE_DIFFUSION
 from ip2p_jax.types import Conditioning
 
@@ -164,6 +171,35 @@ def test_rescaled_guidance_is_diffusers(prediction):
     scaled = rescaled(schedule, share)
     want = scaled(Z, SIGMA, null + s_t[:, None, None, None] * (text - null), text)
     close(guide_text(denoise, cond, NULL, s_t, scaled)(Z, SIGMA), want)
+
+
+def test_guidance_is_limited_to_an_interval():
+    """Above its lower level and up to its upper one; elsewhere only the conditional branch runs."""
+    rows = []
+
+    def counting(z, t, text):
+        jax.debug.callback(lambda: rows.append(len(z)))
+        return network(z, t, text)
+
+    denoise = denoiser(one_batch(counting), STABLE_DIFFUSION)
+    scales = jnp.asarray([7.5, 5.0, 10.0]), jnp.asarray([1.5, 1.0, 0.5])
+    for guided, branches in (
+        (guide_edit(denoise, COND, NULL, *scales), 3),
+        (guide_text(denoise, COND, NULL, scales[0]), 2),
+    ):
+        partly = limited(guided, lambda z, s: denoise(z, s, COND), jnp.asarray([0.28, 5.42]))
+        for sigma, inside in ((0.1, 0), (0.28, 0), (0.29, 1), (5.42, 1), (5.43, 0), (14.6, 0)):
+            rows.clear()
+            got = jax.block_until_ready(jax.jit(partly)(Z, jnp.float32(sigma)))
+            jax.effects_barrier()
+            assert rows == [branches * B if inside else B]
+            everywhere, nowhere = (
+                guided(Z, jnp.float32(sigma)),
+                denoise(Z, jnp.float32(sigma), COND),
+            )
+            close(got, everywhere if inside else nowhere)
+            assert np.abs(everywhere - nowhere).max() > 0.1  # control
+    assert limited(guided, denoise, None) is guided
 
 
 def test_branches_share_one_trace_of_the_network():
