@@ -9,7 +9,7 @@
 
 --what train: a training's step on cached latents, or on pictures; --config and its options as for
   ip2p_jax.train. Half an hour and 12 GB for SD 1.5 on two cores, less with --lower.
---what edit: editing --rows pictures a chip (default 8; 512 px).
+--what edit: editing --rows pictures a chip (default 8; 512 px), or one on all chips (--single).
 --what layers: every distinct layer of the UNet, forward and backward, on one chip (default 64 rows;
   256 px), or those that --only names: a minute or three each.
 
@@ -38,7 +38,14 @@ def plans(args: argparse.Namespace, cfg: config.Config | None, on: Topology) -> 
         command.check_only(
             args,
             "train",
-            {"rows": None, "resolution": None, "steps": 100, "sampler": SAMPLER, "only": ""},
+            {
+                "rows": None,
+                "resolution": None,
+                "steps": 100,
+                "sampler": SAMPLER,
+                "only": "",
+                "single": False,
+            },
         )
         plan = programs.train(cfg, on, pictures=args.pictures)
         if cfg.model.base:
@@ -47,18 +54,21 @@ def plans(args: argparse.Namespace, cfg: config.Config | None, on: Topology) -> 
     command.check_only(args, args.what, {"pictures": False})
     dims = SD15.widened() if cfg is None else programs.dims_of(cfg.model)
     if args.what == "edit":
+        if args.single and args.rows:
+            raise ValueError("--rows: expected without --single")
         command.check_only(args, "edit", {"only": ""})
         return [
             programs.edit(
                 dims,
                 on,
-                rows=args.rows or 8,
+                rows=0 if args.single else args.rows or 8,
                 resolution=args.resolution or 512,
                 steps=args.steps,
                 sampler=args.sampler,
             )
         ]
-    command.check_only(args, "layers", {"steps": 100, "sampler": SAMPLER, "executable": None})
+    unused = {"steps": 100, "sampler": SAMPLER, "executable": None, "single": False}
+    command.check_only(args, "layers", unused)
     layers = programs.layers(dims, on, rows=args.rows or 64, resolution=args.resolution or 256)
     return (plan for plan in layers if args.only in plan.name)
 
@@ -74,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--what", choices=("train", "edit", "layers"), default="train")
     p.add_argument("--config", metavar="FILE", help="and --config.a.b=c, as for ip2p_jax.train")
     p.add_argument("--pictures", action="store_true", help="train: the VAE is part of the step")
+    p.add_argument("--single", action="store_true", help="edit: one picture on all chips")
     p.add_argument("--only", default="", metavar="TEXT", help="layers: whose names have this")
     args, rest = p.parse_known_args(argv)
     use_cpu()

@@ -18,7 +18,7 @@ from ip2p_jax import checks, guided
 from ip2p_jax.checks import per_picture
 from ip2p_jax.data.pictures import to_rgb
 from ip2p_jax.guided import EditBatch, Pictures
-from ip2p_jax.placed import place, rows_per_device
+from ip2p_jax.placed import padded_rows, place, rows_per_device
 from ip2p_jax.sizes import edit_size, fit
 from ip2p_jax.weights.load import Pretrained, load
 
@@ -28,7 +28,8 @@ class Editor:
 
     `dtype` is the type of the networks' parameters and arithmetic (None: bfloat16 on TPU and GPU,
     float32 on the CPU). Batches are split over `devices` (None: all local ones; on the CPU one),
-    at most `rows` pictures a device at once (None: 8; on the CPU 1).
+    at most `rows` pictures a device at once (None: 8; on the CPU 1); of a single picture, each
+    device computes a branch of the guidance.
     """
 
     def __init__(
@@ -142,9 +143,8 @@ class Editor:
         for size in sizes:
             if min(size) < 1 or any(side % multiple for side in size):
                 raise ValueError(f"sizes: {size}, expected multiples of {multiple} px")
-            for rows in (
-                self.model.devices * 2**i for i in range((self.rows - 1).bit_length() + 1)
-            ):
+            counts = range(1, self.most + 1)
+            for rows in sorted({padded_rows(n, self.model.devices) for n in counts}):
                 batch = self.batch(
                     [Image.new("RGB", size)] * rows,
                     None,

@@ -145,7 +145,7 @@ def text_denoise(
     interval: Float[Array, "2"] | None = None,
 ) -> Denoise:
     """The UNet as a denoiser that is guided by text alone, at the noise levels of the interval."""
-    denoise = denoiser(one_batch(unet(networks, params)), schedule)
+    denoise = denoiser(one_batch(unet(networks, params), networks.by_row), schedule)
     guided = guide_text(denoise, *encoded, text_guidance, rescale)
     return limited(guided, lambda z, sigma: denoise(z, sigma, encoded.cond), interval)
 
@@ -161,7 +161,7 @@ def edit_denoise(
     interval: Float[Array, "2"] | None = None,
 ) -> Denoise:
     """The UNet as a denoiser that is guided by image and text, at the levels of the interval."""
-    denoise = denoiser(one_batch(unet(networks, params)), schedule)
+    denoise = denoiser(one_batch(unet(networks, params), networks.by_row), schedule)
     guided = guide_edit(denoise, *encoded, text_guidance, image_guidance, rescale)
     return limited(guided, lambda z, sigma: denoise(z, sigma, encoded.cond), interval)
 

@@ -7,6 +7,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
@@ -26,14 +27,21 @@ class Networks(NamedTuple):
     text: Any
     attend: Attend
     """How the UNet is to attend."""
+    by_row: NamedSharding | None
+    """How the UNet's rows lie on several devices; None: as they come."""
 
 
-def networks(config: ModelConfig, dtype: DTypeLike, attend: Attend = attend) -> Networks:
+def networks(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    attend: Attend = attend,
+    by_row: NamedSharding | None = None,
+) -> Networks:
     """The networks of a model, computing in `dtype`."""
     unet, _ = abstract(UNet, config.unet, dtype=dtype)
     vae, _ = abstract(VAE, config.vae, dtype=dtype)
     text, _ = abstract(CLIPText, config.text, dtype=dtype)
-    return Networks(unet, vae, text, attend)
+    return Networks(unet, vae, text, attend, by_row)
 
 
 def to_pixels(x: UInt8[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:

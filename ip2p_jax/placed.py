@@ -33,7 +33,8 @@ from ip2p_jax.weights.load import Pretrained
 @dataclass(frozen=True)
 class Placed:
     """A model whose parameters (by part "unet", "vae", "text") lie whole on each device, or are on
-    their way there. Batches are split over the devices by row.
+    their way there. Batches are split over the devices by row; those of too few pictures lie on
+    all, and the UNet's guidance branches are split.
     """
 
     config: ModelConfig
@@ -111,8 +112,8 @@ class Placed:
         )
 
     def compile(self, function: Callable, sampler: str, *, keep: bool = True) -> Program:
-        """`guided.edit` or `guided.generate` of this model, its results split by row, to be called
-        with parameters, batch and grid. `keep` is for functions of this library only."""
+        """`guided.edit` or `guided.generate` of this model, to be called with parameters, batch and
+        grid; results lie as the batch does. `keep` is for functions of this library only."""
         scaling = self.config.vae.scaling_factor
         bound = functools.partial(
             function, SAMPLERS[sampler], self.schedule, self.networks, scaling
@@ -120,15 +121,22 @@ class Placed:
 
         def program(params: Params, batch: Any, points: Grid) -> Any:
             with jax.default_matmul_precision(self.precision):
-                return bound(params, batch, points)
+                result = bound(params, batch, points)
+            return jax.tree.map(
+                lambda x: jax.lax.with_sharding_constraint(x, self.rows(len(x))), result
+            )
 
         identity = (function, sampler, self.config, self.schedule, str(self.dtype))
-        return Program(program, identity if keep else None, out_shardings=self.by_row)
+        return Program(program, identity if keep else None)
+
+    def rows(self, n: int) -> NamedSharding:
+        """How the rows of a batch of n lie on the devices."""
+        return self.by_row if n % self.devices == 0 else self.replicated
 
     def run(self, program: Program, batch: Any, points: Grid) -> Any:
         """Runs a compiled function on a batch of any number of rows; the result is on the host.
 
-        Rows are repeated to fill the devices, and dropped again. The program is read or compiled
+        Rows are repeated to fill a batch, and dropped again. The program is read or compiled
         while the parameters still arrive.
         """
         n = len(jax.tree.leaves(batch)[0])
@@ -138,12 +146,13 @@ class Placed:
         return jax.tree.map(lambda x: np.asarray(x)[:n], result)
 
     def arguments(self, batch: Any, points: Grid) -> tuple[Any, Grid]:
-        """A batch that fills the devices, and its grid, there."""
+        """A batch, with as many rows as are compiled, and its grid, on the devices."""
         n = len(jax.tree.leaves(batch)[0])
         fill = np.arange(padded_rows(n, self.devices)) % n
         if len(fill) != n:
             batch = jax.tree.map(lambda x: x[fill], batch)
-        return jax.device_put(batch, self.by_row), jax.device_put(points, self.replicated)
+        batch = jax.device_put(batch, self.rows(len(fill)))
+        return batch, jax.device_put(points, self.replicated)
 
 
 def place(
@@ -163,7 +172,7 @@ def place(
     scheduler = pretrained.scheduler
     return Placed(
         config=pretrained.config,
-        networks=networks(pretrained.config, dtype, attend_on(by_row)),
+        networks=networks(pretrained.config, dtype, attend_on(by_row), by_row),
         shapes=shapes(params, dtype, replicated),
         arriving=ThreadPoolExecutor(1).submit(put, params, dtype, replicated),
         tokenizer=pretrained.tokenizer,
@@ -184,6 +193,8 @@ def rows_per_device(rows: int | None) -> int:
 
 
 def padded_rows(n: int, devices: int) -> int:
-    """The next power of two of rows a device, so that few batch sizes are compiled."""
+    """The next power of two of rows a device, or of all rows if that is less than one a device: few
+    batch sizes are compiled."""
+    few = 2 ** (n - 1).bit_length()
     rows = -(-n // devices)
-    return devices * 2 ** (rows - 1).bit_length()
+    return few if few < devices else devices * 2 ** (rows - 1).bit_length()

@@ -175,6 +175,24 @@ def test_batch_over_devices(tiny_ip2p, editor):
         assert np.abs(np.asarray(x).astype(int) - np.asarray(y).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 3])
+def test_few_pictures_on_many_devices(tiny_ip2p, editor, n):
+    """Each of eight devices computes a branch of one picture, or two of three pictures' nine; the
+    pictures are those of one device."""
+    spread = Editor(load(str(tiny_ip2p)), devices=jax.devices())
+    images = [photo("astronaut").rotate(90 * i) for i in range(n)]
+    options = dict(steps=4, sampler="ddim", seed=list(range(n)))
+    one, many = (x(images, ["make it red"] * n, **options) for x in (editor, spread))
+    for x, y in zip(one, many, strict=True):
+        assert np.abs(np.asarray(x).astype(int) - np.asarray(y).astype(int)).max() <= 1
+    rows = {1: 1, 3: 2}[n]  # of the UNet, in a device
+    text = list(spread.program("ddim").compiled.values())[-1].as_text()
+    height, width = (x // spread.model.config.vae.factor for x in images[0].size[::-1])
+    assert f"f32[{rows},{height},{width},8]" in text
+    assert f"f32[{3 * n},{height},{width},8]" not in text
+
+
 def test_one_program_per_shape_steps_and_sampler(editor):
     """Other pictures, texts, seeds and scales do not compile again."""
     image = photo("astronaut")

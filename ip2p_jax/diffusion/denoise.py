@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from ip2p_jax.diffusion.schedule import Schedule
@@ -45,11 +47,12 @@ def denoiser(network: Network, schedule: Schedule) -> ConditionalDenoise:
     return denoise
 
 
-def one_batch(network: Network) -> Network:
+def one_batch(network: Network, by_row: NamedSharding | None = None) -> Network:
     """Gives the branches that `vmap` makes to the network as more rows of one batch.
 
     Left to itself, vmap would add a dimension to every operation inside; flat rows are faster on
-    the CPU. The branches of a picture stay together, so a batch split over devices stays split.
+    the CPU. The branches of a picture stay together, so a batch split over devices stays split. One
+    that is not, having too few pictures, is split here, `by_row`: each branch on a device.
     """
     rows = jax.custom_batching.custom_vmap(network)
 
@@ -59,10 +62,25 @@ def one_batch(network: Network) -> Network:
             x if has_branches else jnp.broadcast_to(x[None], (branches, *x.shape))
             for x, has_branches in zip(args, batched, strict=True)
         ]
-        result = network(*(rearrange(x, "branch b ... -> (b branch) ...") for x in spread))
+        flat = (rearrange(x, "branch b ... -> (b branch) ...") for x in spread)
+        result = split(network, by_row)(*flat)
         return rearrange(result, "(b branch) ... -> branch b ...", branch=branches), True
 
     return rows
+
+
+def split(network: Network, by_row: NamedSharding | None) -> Network:
+    """Gives every device as many rows, where they do not lie so; some are repeated to that end."""
+    devices = 1 if by_row is None else by_row.mesh.size
+
+    def run(*args):
+        n = len(args[0])
+        if n % devices == 0:
+            return network(*args)
+        fill = np.arange(n + -n % devices) % n
+        return network(*(jax.lax.with_sharding_constraint(x[fill], by_row) for x in args))[:n]
+
+    return run
 
 
 def epsilon_to_z0(

@@ -170,30 +170,33 @@ def check_size(resolution: int, dims: ModelConfig) -> None:
 def edit(
     dims: ModelConfig, topology: Topology, *, rows: int, resolution: int, steps: int, sampler: str
 ) -> Plan:
-    """Editing `rows` pictures a chip, three branches each, as `Editor` does."""
+    """Editing `rows` pictures a chip, three branches each, as `Editor` does; or, if that is 0, a
+    single one on all chips, each of which has a branch."""
     check_size(resolution, dims)
     by_row, everywhere = shardings(topology.devices)
+    chips = len(topology.devices)
+    total, laid = (rows * chips, by_row) if rows else (1, everywhere)
     run, plain = (
         functools.partial(
             guided.edit,
             SAMPLERS[sampler],
             STABLE_DIFFUSION,
-            networks(dims, BF16, how),
+            networks(dims, BF16, *how),
             dims.vae.scaling_factor,
         )
-        for how in (attend_on(by_row), attend)
+        for how in ((attend_on(by_row), by_row), (attend, None))
     )
     params = shapes(params_of(dims), BF16, everywhere)
     points = jax.tree.map(np.asarray, grid(sampler, steps, STABLE_DIFFUSION))
-    batch = edit_batch(dims, rows * len(topology.devices), resolution)
+    pictures = f"{rows} pictures a chip" if rows else f"one picture on {chips} chips"
     return Plan(
-        name=f"edit, {rows} pictures a chip, {resolution} px, {steps} steps of {sampler}",
-        jitted=jax.jit(run, out_shardings=by_row),
-        args=(params, lay(batch, by_row), lay(points, everywhere)),
+        name=f"edit, {pictures}, {resolution} px, {steps} steps of {sampler}",
+        jitted=jax.jit(run, out_shardings=laid),
+        args=(params, lay(edit_batch(dims, total, resolution), laid), lay(points, everywhere)),
         work=plain,
-        work_args=(params, edit_batch(dims, rows, resolution), points),
-        share=1.0,
-        unit=f"{rows * len(topology.devices)} edits",
+        work_args=(params, edit_batch(dims, rows or 1, resolution), points),
+        share=1.0 if rows else 1 / chips,
+        unit=f"{total} edits" if rows else "edit",
     )
 
 

@@ -159,6 +159,17 @@ def test_edits_compile_for_a_slice(v4):
 
 
 @pytest.mark.slow
+def test_a_single_edit_is_shared_by_the_chips(v4):
+    """Each of four chips does less than half of what one does for a picture of its own."""
+    options = dict(resolution=16, steps=20, sampler="euler_ancestral")
+    (alone, _), (shared, _) = (
+        compile_plan(programs.edit(DIMS.widened(), v4, rows=rows, **options), v4) for rows in (1, 0)
+    )
+    assert shared.fits and shared.flops < 0.5 * alone.flops
+    assert shared.model_flops == pytest.approx(alone.model_flops / 4, rel=0.01)
+
+
+@pytest.mark.slow
 def test_pairs_compile_for_a_slice(v4):
     vision = VisionConfig(16, 8, 32, 1, 2, 64, 16)
     recipe = Recipe(steps=3, height=16, width=16)
