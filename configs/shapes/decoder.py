@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sharper decoder for the latents of vae.py, trained on alone on 2 CPU cores: the latents, and all
-that was trained on them, stay.
+"""A sharper decoder for the latents of vae.py, trained on alone on 2 CPU cores: the latents, and
+all that was trained on them, stay.
 
 JAX_NUM_CPU_DEVICES=2 python -m ip2p_jax.train --config configs/shapes/decoder.py \\
     --workdir runs/shapes_decoder
