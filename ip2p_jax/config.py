@@ -277,7 +277,7 @@ def check(cfg: Config) -> None:
     if cfg.objective.kind in ("vae", "clip") and cfg.model.base:
         raise ValueError(
             f"config.model.base is {cfg.model.base!r}, expected '': objective.kind="
-            f"{cfg.objective.kind} starts from scratch"
+            f"{cfg.objective.kind} trains no part of it"
         )
     if not cfg.data.resolution <= lowest <= highest:
         raise ValueError(

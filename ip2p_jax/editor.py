@@ -18,7 +18,7 @@ from ip2p_jax import checks, guided
 from ip2p_jax.checks import per_picture
 from ip2p_jax.data.pictures import to_rgb
 from ip2p_jax.guided import EditBatch, Pictures
-from ip2p_jax.placed import padded_rows, place, rows_per_device
+from ip2p_jax.placed import place, rows_per_device
 from ip2p_jax.sizes import edit_size, fit
 from ip2p_jax.weights.load import Pretrained, load
 
@@ -92,7 +92,7 @@ class Editor:
         guidance_rescale: 0 to 1, how far the contrast that strong guidance adds is taken back (Lin
           et al. 2024, section 3.4: 0.7).
         guidance_interval: noise levels, sigma, between which guidance acts (Kynkäänniemi et al.
-          2024: 0.28 to 5.42 for SDXL); steps at others take a third of the time. None: all.
+          2024: 0.28 to 5.42 for SDXL); steps at others compute one branch of three. None: all.
 
         A result depends on its own row of the arguments alone: bit for bit at equal numbers of rows
         a device, else but for the rounding of float32. Raises ValueError for anything that
@@ -143,16 +143,15 @@ class Editor:
         for size in sizes:
             if min(size) < 1 or any(side % multiple for side in size):
                 raise ValueError(f"sizes: {size}, expected multiples of {multiple} px")
-            counts = range(1, self.most + 1)
-            for rows in sorted({padded_rows(n, self.model.devices) for n in counts}):
+            for n in range(1, self.most + 1):  # their seeds and noise are programs, too
                 batch = self.batch(
-                    [Image.new("RGB", size)] * rows,
+                    [Image.new("RGB", size)] * n,
                     None,
-                    instructions=[""] * rows,
-                    text_guidance=[0.0] * rows,
-                    image_guidance=[0.0] * rows,
-                    seed=[0] * rows,
-                    negative=[""] * rows,
+                    instructions=[""] * n,
+                    text_guidance=[0.0] * n,
+                    image_guidance=[0.0] * n,
+                    seed=[0] * n,
+                    negative=[""] * n,
                 )
                 args = self.model.arguments(batch, points)
                 self.program(sampler).compile(self.model.shapes, *args)

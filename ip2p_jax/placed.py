@@ -193,8 +193,8 @@ def rows_per_device(rows: int | None) -> int:
 
 
 def padded_rows(n: int, devices: int) -> int:
-    """The next power of two of rows a device, or of all rows if that is less than one a device: few
-    batch sizes are compiled."""
+    """The next power of two of rows a device, or of all rows if every device then has at most one
+    of their three guidance branches: few batch sizes are compiled."""
     few = 2 ** (n - 1).bit_length()
     rows = -(-n // devices)
-    return few if few < devices else devices * 2 ** (rows - 1).bit_length()
+    return few if 3 * few <= devices else devices * 2 ** (rows - 1).bit_length()

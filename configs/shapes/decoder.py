@@ -4,7 +4,8 @@ all that was trained on them, stay.
 
 JAX_NUM_CPU_DEVICES=2 python -m ip2p_jax.train --config configs/shapes/decoder.py \\
     --workdir runs/shapes_decoder
-python -m ip2p_jax.convert --from runs/shapes_sd --vae runs/shapes_decoder --to shapes_sd
+python -m ip2p_jax.convert --from runs/shapes_sd --vae runs/shapes_decoder --to shapes_sd \\
+    --format diffusers
 """
 
 from ip2p_jax.config import Checkpoint, Config, Data, Log, Mesh, Model, Objective, Optim

@@ -287,8 +287,10 @@ def settle(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected for {takers} only")
         if name in TAKES[args.what] and getattr(args, name) is None:
             setattr(args, name, default)
-    if args.what == "vae" and (args.vae or args.lora or args.revision or args.variant):
-        raise ValueError("--vae, --lora, --revision, --variant: not expected for vae")
+    if args.what == "vae":
+        for name in ("vae", "lora", "revision", "variant", "dtype"):
+            if getattr(args, name):
+                raise ValueError(f"--{name}: not expected for vae")
     if args.what == "pairs" and not args.clip:
         raise ValueError("--clip: expected for pairs")
     if args.count < 1 or (args.rows is not None and args.rows < 1):

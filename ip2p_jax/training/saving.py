@@ -40,6 +40,11 @@ def at_once(call: Callable[..., None], *args: Any) -> Future[None]:
     return done
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error says, or as much as a line takes."""
+    return " ".join(str(error).split())[:300]
+
+
 class Saver:
     """Saves the states of a run under their steps. All hosts call the same methods in turn."""
 
@@ -68,7 +73,7 @@ class Saver:
         if self.saved == step:
             return
         self.writing, self.due = step, None
-        # On the CPU this copies nothing; no step is then given memory that is looked at from here.
+        # Of whole arrays on the CPU this copies nothing; no step is given memory in use here.
         kept = jax.device_get(state) if self.alone else state
         position = self.position()
         self.begun = self.submit(checkpoint.save, self.manager, kept, position, self.cfg)
@@ -84,8 +89,10 @@ class Saver:
         return self.due is not None and at >= self.due
 
     def is_saving(self) -> bool:
-        """Whether the save that has begun goes on."""
-        return not self.begun.done() or self.manager.is_saving_in_progress()
+        """Whether the save that has begun goes on; never if its beginning failed."""
+        if not self.begun.done():
+            return True
+        return self.begun.exception() is None and self.manager.is_saving_in_progress()
 
     def settle(self, at: int, say: Say) -> None:
         """Waits for the save that has begun, and sees how it went."""
@@ -112,7 +119,7 @@ class Saver:
         """Decides when to try again, says so, and makes room."""
         self.failures += 1
         self.due = at + self.cfg.log.every * 2 ** min(self.failures - 1, 6)
-        why = "on another host" if error is None else " ".join(str(error).split())[:300]
+        why = "on another host" if error is None else in_one_line(error)
         say(f"WARNING: step {step} could not be saved ({why})")
         if self.failures >= LOUD:
             say(
@@ -145,5 +152,5 @@ class Saver:
 
     def close(self, say: Say) -> None:
         """Waits for what this host still writes; what ends the run stays the error that is told."""
-        if error := self.wait():
-            say(f"WARNING: step {self.writing} could not be saved ({error})")
+        if self.writing is not None and (error := self.wait()):
+            say(f"WARNING: step {self.writing} could not be saved ({in_one_line(error)})")

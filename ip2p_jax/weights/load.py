@@ -179,7 +179,9 @@ def load_vae(model: str) -> tuple[VAEConfig, Params]:
     cfg = configs.vae_from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     shapes, trained = abstract_part("vae", cfg), ema.get("vae", {})
     params = from_torch(
-        {name: shapes[name] for name in trained}, to_torch(trained), f"{model}: EMA of the vae"
+        {name: shapes[name] for name in trained if name in shapes},
+        to_torch(trained),
+        f"{model}: EMA of the vae",
     )
     if len(params) < len(shapes):  # all, or but for the decoder
         tensors, source = read_weights(folder, WEIGHTS["vae"])

@@ -297,13 +297,13 @@ def killed_again_and_again(arguments: list[str], output: Path, patience: float) 
         kills += process.returncode == -signal.SIGKILL
         if process.returncode == 0:
             break  # all is done: kill no more
-    ended = False
-    while not ended:
+    for _ in range(50):
         process = command(arguments)
         _, errors = process.communicate()
-        ended = process.returncode == 0
-        assert ended or goes_on(process, errors), errors.decode()
-    return started, kills
+        if process.returncode == 0:
+            return started, kills
+        assert goes_on(process, errors), errors.decode()
+    raise AssertionError("the command gives up again and again")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def test_k_diffusion(sampler, steps):
     t = 999 * (1 - np.arange(steps) / max(steps - 1, 1))
     low, high = np.floor(t).astype(int), np.ceil(t).astype(int)
     log_sigma = (1 - (t - low)) * np.log(SIGMA[low]) + (t - low) * np.log(SIGMA[high])
-    sigmas, start, end = grid(sampler, steps, STABLE_DIFFUSION)
+    sigmas, start, end, _ = grid(sampler, steps, STABLE_DIFFUSION)
     close(sigmas, [*np.exp(log_sigma), 0])
     close([start, end], [14.614641229, 1])
 
@@ -40,7 +40,7 @@ def test_diffusers_interpolates_linearly():
 def test_ddim(steps):
     ratio = 1000 // steps
     t = (steps - 1 - np.arange(steps)) * ratio + 1
-    sigmas, start, end = grid("ddim", steps, STABLE_DIFFUSION)
+    sigmas, start, end, _ = grid("ddim", steps, STABLE_DIFFUSION)
     close(sigmas, [*SIGMA[t], SIGMA[0]])
     close([start, end], [np.hypot(SIGMA[t[0]], 1), 1 / np.hypot(SIGMA[0], 1)])
     if steps > 1:
@@ -50,7 +50,7 @@ def test_ddim(steps):
 @pytest.mark.parametrize("steps", [1, 10, 25])
 def test_dpmpp_2m(steps):
     t = np.round(np.linspace(0, 999, steps + 1))[:0:-1].astype(int)
-    sigmas, start, end = grid("dpmpp_2m", steps, STABLE_DIFFUSION)
+    sigmas, start, end, _ = grid("dpmpp_2m", steps, STABLE_DIFFUSION)
     close(sigmas, [*SIGMA[t], 0])
     close([start, end], [np.hypot(SIGMA[999], 1), 1])
 

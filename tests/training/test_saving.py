@@ -85,6 +85,27 @@ def test_saves_go_on_when_the_disk_has_room_again(saver, tmp_path):
     assert there(tmp_path) == ["0", "30"]
 
 
+def test_a_save_that_fails_at_its_beginning_is_tried_again(saver, monkeypatch):
+    """Though orbax then takes it to go on for ever; what was told is not told again in the end."""
+    told: list[str] = []
+
+    def fails(*_) -> None:
+        raise OSError("no\nroom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", fails)
+        patch.setattr(saver.manager, "is_saving_in_progress", lambda: True)
+        saver.save(state(1), told.append)
+        saver.begun.exception(30)
+        assert not saver.is_due(2, told.append) and saver.is_due(4, told.append)
+    assert told == ["WARNING: step 1 could not be saved (no room)"]
+    saver.close(told.append)
+    assert len(told) == 1
+    saver.save(state(4), told.append)
+    saver.settle(4, told.append)
+    assert saver.saved == 4
+
+
 def test_what_is_saved_is_the_state_as_it_was(saver, monkeypatch):
     """Though it is donated to the next step before a byte is written; on 8 devices, too."""
     ready, save = threading.Event(), checkpoint.save

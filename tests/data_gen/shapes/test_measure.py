@@ -145,7 +145,8 @@ def test_real_models(monkeypatch, tiny_sd, tiny_ip2p, tiny_clip, tmp_path):
             "--rows: expected for vae and generate and edit only",
         ),
         (["vae", "--steps", "5"], "--steps: expected for generate and edit and pairs only"),
-        (["vae", "--lora", "x"], "--lora, --revision, --variant: not expected for vae"),
+        (["vae", "--dtype", "bfloat16"], "--dtype: not expected for vae"),
+        (["vae", "--lora", "x"], "--lora: not expected for vae"),
     ],
 )
 def test_one_line_for_wrong_options(options, line, tmp_path, capsys):
