@@ -188,8 +188,10 @@ def test_few_pictures_on_many_devices(tiny_ip2p, editor, n):
         assert np.abs(np.asarray(x).astype(int) - np.asarray(y).astype(int)).max() <= 1
     text = list(spread.program("ddim").compiled.values())[-1].as_text()
     height, width = (x // spread.model.config.vae.factor for x in images[0].size[::-1])
-    assert f"f32[1,{height},{width},8]" in text
-    assert f"f32[{3 * n},{height},{width},8]" not in text
+    features = spread.model.config.unet.channels[0]
+    assert f"f32[1,{height},{width},{features}]" in text
+    for whole in (3 * n, 8):  # all branches, and those that fill the devices up
+        assert f"f32[{whole},{height},{width},{features}]" not in text
 
 
 def test_one_program_per_shape_steps_and_sampler(editor):
