@@ -137,7 +137,10 @@ class CandidateMaker:
         """The program: text, noise, both pictures under shared attention, VAE, CLIP."""
         drawn = draw(self.recipe, rows.prompt, rows.candidate)
         with jax.default_matmul_precision(self.model.precision):
-            pictures = self.pictures(params, rows, drawn, points)
+            z = self.latents(params, rows, drawn, points)
+            vae = nnx.merge(self.model.networks.vae, params["vae"])
+            x = to_uint8(vae.decode(z / self.model.config.vae.scaling_factor))
+        pictures = rearrange(x, "(b two) h w c -> b two h w c", two=2)
         flat = rearrange(pictures, "b two h w c -> (b two) h w c")
         tokens = rearrange(rows.texts.clip, "b two n -> (b two) n")
         images = embed_images(self.clip.graphdef, clip_params, flat)
@@ -145,13 +148,12 @@ class CandidateMaker:
         images, texts = (rearrange(x, "(b two) e -> two b e", two=2) for x in (images, texts))
         return Made(pictures, drawn.p, drawn.scale, clip_scores(*images, *texts))
 
-    def pictures(
+    def latents(
         self, params: Params, rows: Rows, drawn: Drawn, points: Grid
-    ) -> UInt8[Array, "b 2 h w 3"]:
-        """Both pictures of each row."""
+    ) -> Float[Array, "b2 h w z"]:
+        """Those of both pictures of each row, one after the other."""
         config, networks = self.model.config, self.model.networks
         encode = nnx.merge(networks.text, params["text"])
-        vae = nnx.merge(networks.vae, params["vae"])
 
         def unet(z, t, text, attend):
             return nnx.merge(networks.unet, params["unet"])(z, t, text, attend)
@@ -168,9 +170,7 @@ class CandidateMaker:
         )
         shape = (self.recipe.height // config.vae.factor, self.recipe.width // config.vae.factor)
         noise = unit_noise(drawn.noise, (*shape, config.vae.latent_channels))
-        z = SAMPLERS[self.recipe.sampler](denoise, both(noise), points, both(drawn.steps))
-        x = to_uint8(vae.decode(z / config.vae.scaling_factor))
-        return rearrange(x, "(b two) h w c -> b two h w c", two=2)
+        return SAMPLERS[self.recipe.sampler](denoise, both(noise), points, both(drawn.steps))
 
 
 def both(x: Array) -> Array:

@@ -15,7 +15,7 @@ renamed.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,12 +101,8 @@ class PairFolder:
         before, after = (Image.open(io.BytesIO(file.read_bytes())) for file in files)
         return before, after
 
-    def finish(self, rows: Sequence[Sequence[dict[str, Any]]]) -> None:
-        """Writes seeds.json from the rows of every prompt."""
-        kept = [
-            [f"{number:07d}", seeds]
-            for number, of_prompt in enumerate(rows)
-            if (seeds := [row["seed"] for row in of_prompt if not row["rejected"]])
-        ]
+    def finish(self, kept: Mapping[int, Sequence[str]]) -> None:
+        """Writes seeds.json: the seeds of the kept pairs of each prompt that has any."""
+        listed = [[f"{number:07d}", list(seeds)] for number, seeds in sorted(kept.items())]
         file = self.path / "seeds.json"
-        retried(lambda: write_whole(file, json.dumps(kept).encode()), str(file))
+        retried(lambda: write_whole(file, json.dumps(listed).encode()), str(file))

@@ -21,7 +21,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ from ip2p_jax.evaluation.clip_scores import Clip
 from ip2p_jax.placed import place
 from ip2p_jax.safety import SafetyChecker
 from ip2p_jax.storage import StorageError, check_folder, retried, write_whole
+from ip2p_jax.weights.clip import load_clip
+from ip2p_jax.weights.digest import weights_digest
 
 READERS = 32
 """Threads that look at prompt folders: a bucket answers slowly, but many at once."""
@@ -103,10 +105,13 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} {value}: expected {expected}")
 
 
-def settings_of(args: argparse.Namespace, recipe: Recipe, selection: Selection) -> dict[str, Any]:
-    """What decides the bytes that are written."""
-    named = ("model", "revision", "variant", "vae", "lora", "clip", "dtype", "rows", "safety")
+def settings_of(
+    args: argparse.Namespace, recipe: Recipe, selection: Selection, dtype: str, weights: str
+) -> dict[str, Any]:
+    """What decides the bytes that are written; `weights` is a digest of model and CLIP."""
+    named = ("model", "revision", "variant", "vae", "lora", "clip", "rows", "safety")
     values = {name: getattr(args, name) for name in named} | recipe._asdict() | selection._asdict()
+    values |= {"dtype": dtype, "weights": weights}
     values["thresholds"] = selection.thresholds._asdict()
     return json.loads(json.dumps(values))
 
@@ -137,11 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = recipe_of(args, jobs.side_of(args.resolution, pretrained.config))
         checker = SafetyChecker.from_pretrained(pretrained) if args.safety else None
         model = place(pretrained, dtype=jobs.DTYPES.get(args.dtype), devices=jax.local_devices())
-        clip = Clip.from_pretrained(args.clip, devices=jax.local_devices())
+        scorer = load_clip(args.clip)
+        weights = weights_digest(pretrained.params | {"clip": scorer.params})
+        clip = Clip(scorer, devices=jax.local_devices())
         maker = CandidateMaker(model, clip, recipe, args.rows)
     selection = selection_of(args)
     try:
-        folder = PairFolder.open(args.output, settings_of(args, recipe, selection))
+        settings = settings_of(args, recipe, selection, str(model.dtype), weights)
+        folder = PairFolder.open(args.output, settings)
         run(folder, triplets, range(host, len(triplets), hosts), maker, selection, checker, console)
         return finish(folder, triplets, selection.thresholds)
     except StorageError as error:
@@ -195,30 +203,38 @@ def finish(folder: PairFolder, triplets: Sequence[Triplet], thresholds: Threshol
     if others:
         print(f"this host is done; {len(others)} prompts of other hosts are still to come")
         return 0
+    tally = pair_report.Tally()
     with ThreadPoolExecutor(READERS) as pool:
-        rows = list(pool.map(folder.rows, range(len(triplets))))
-    counts = pair_report.summary(rows)
-    shown = contact_pictures(folder, triplets, rows)
+        for some in batched(range(len(triplets)), 100 * READERS):
+            rows = pool.map(lambda n: retried(lambda: folder.rows(n), "reading"), some)
+            for number, of_prompt in zip(some, rows, strict=True):
+                tally.add(number, of_prompt)
+    counts = tally.summary()
+    shown = contact_pictures(folder, triplets, tally.kept)
     for name, data in (
         ("report.json", pair_report.as_json(counts)),
-        ("report.png", pair_report.histograms(rows, thresholds)),
+        ("report.png", pair_report.histograms(tally, thresholds)),
         ("contact_sheet.png", contact_sheet(shown)),
     ):
         file = folder.path / name
         retried(functools.partial(write_whole, file, data), str(file))
-    folder.finish(rows)
+    folder.finish(tally.kept)
     print(", ".join(f"{name} {count}" for name, count in counts.items()) + f": {folder.path}")
     return 0
 
 
+def batched(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Cuts numbers into runs of at most `size`."""
+    return (numbers[i : i + size] for i in range(0, len(numbers), size))
+
+
 def contact_pictures(
-    folder: PairFolder, triplets: Sequence[Triplet], rows: Sequence[Sequence[dict[str, Any]]]
+    folder: PairFolder, triplets: Sequence[Triplet], kept: Mapping[int, Sequence[str]]
 ) -> Iterator[tuple[Image.Image, Image.Image, str]]:
     """Kept pairs to look at, one of a prompt, read as they are asked for."""
-    for number, of_prompt in enumerate(rows):
-        seeds = [row["seed"] for row in of_prompt if not row["rejected"]]
-        if seeds:
-            yield *folder.pictures(number, seeds[0]), triplets[number].edit
+    for number, (seed, *_) in kept.items():
+        pictures = functools.partial(folder.pictures, number, seed)
+        yield *retried(pictures, "reading"), triplets[number].edit
 
 
 if __name__ == "__main__":

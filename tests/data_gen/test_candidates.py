@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_gen.candidates import CandidateMaker, Recipe, Unit, draw
+from data_gen.candidates import CandidateMaker, Recipe, Rows, Texts, Unit, draw
 from data_gen.triplet_file import Triplet
 from ip2p_jax import guided
 from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.samplers import SAMPLERS
+from ip2p_jax.evaluation.clip_scores import Clip
+from ip2p_jax.placed import place
+from ip2p_jax.weights.load import load
 
 TRIPLETS = [Triplet("a cat", "make it a dog", "a dog"), Triplet("noon", "make it night", "night")]
 
@@ -45,6 +48,31 @@ def test_a_candidate_is_the_same_whatever_is_made_beside_it(maker, made):
         for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(made), strict=True):
             np.testing.assert_array_equal(np.asarray(a)[:2], b[2:])
     assert np.any(made.pictures[2] != made.pictures[3])
+
+
+def test_one_device_and_other_rows(maker, made, tiny_sd, tiny_clip):
+    """One device makes the same bytes; at other rows a device, latents differ by 1e-5 at most.
+    Control: another candidate's differ by far more."""
+    one = jax.devices()[:1]
+    model = place(load(str(tiny_sd)), devices=one)
+    alone = CandidateMaker(
+        model, Clip.from_pretrained(str(tiny_clip), devices=one), maker.recipe, 2
+    )
+    got = jax.tree.map(np.asarray, alone([Unit(3, 0)], TRIPLETS[:1]))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(made), strict=True):
+        np.testing.assert_array_equal(a, b[:2])
+
+    def latents(count: int) -> np.ndarray:
+        captions = [TRIPLETS[0].input, TRIPLETS[0].output]
+        tokens = np.repeat(model.tokenize(captions)[None], count, axis=0)
+        prompt = jnp.full(count, 3, jnp.uint32)
+        rows = Rows(prompt, jnp.arange(count, dtype=jnp.uint32), Texts(tokens, tokens))
+        drawn = draw(maker.recipe, rows.prompt, rows.candidate)
+        return np.asarray(jax.jit(alone.latents)(model.params, rows, drawn, alone.points))
+
+    two, four = latents(2), latents(4)
+    assert np.abs(two - four[:4]).max() <= 1e-5 * np.abs(two).max()
+    assert np.abs(two - four[4:]).max() > 1e-2 * np.abs(two).max()
 
 
 def test_first_pictures_are_plain_text_to_image(maker, made):

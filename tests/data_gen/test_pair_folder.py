@@ -33,7 +33,7 @@ def test_the_layout_is_the_released_one(folder):
     names = sorted(x.name for x in (folder.path / "0000000").iterdir())
     assert names == ["1_0.jpg", "1_1.jpg", "metadata.jsonl", "prompt.json"]
     assert [row["rejected"] for row in folder.rows(0)] == [BEATEN, ""]
-    folder.finish([folder.rows(0), folder.rows(1)])
+    folder.finish({0: ["1"]})
     assert json.loads((folder.path / "seeds.json").read_text()) == [["0000000", ["1"]]]
     [(pairs, refused)] = Folder.open(Path(folder.path)).read(0, 1)
     assert not refused and pairs[0].instruction == "make it a dog"

@@ -6,6 +6,7 @@ it ends with the same bytes, and so do several hosts; wrong input is one line.
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -297,6 +298,16 @@ def test_outputs_are_looked_at_before_anything_is_loaded(options, tmp_path, caps
     for output, words in ((tmp_path, "not a folder of pairs"), (tmp_path / "file", "no file can")):
         assert pairs.main([*options, "--output", str(output)]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_are_refused(options, made, tmp_path, capsys):
+    """As after the model was trained on. Control: the weights it was begun with go on."""
+    folder = shutil.copytree(made, tmp_path / "pairs")
+    assert pairs.main([*options, "--output", str(folder)]) == 0
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"weights": "0" * 16}))
+    assert pairs.main([*options, "--output", str(folder)]) == 2
+    assert "was made with weights '0000000000000000', this" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_text_to_image_is_refused(options, tiny_ip2p, tmp_path, capsys):
