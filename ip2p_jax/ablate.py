@@ -7,19 +7,21 @@ The file lists the options of `ip2p_jax.train` and `ip2p_jax.evaluate` that all 
 each run has of its own (figure 10 of the paper: less data, no CLIP filter; and other seeds):
 
   {"train": {"config": "configs/tpu_v4.py", "config.data.path": "shards"},
-   "evaluate": {"data": "shards", "samples": 2000},
+   "evaluate": {"data": "shards", "samples": 2000, "image-guidance": "1.0,1.4,1.8"},
    "runs": {"all data": {},
             "10 % of the data": {"train": {"config.data.fraction": 0.1}},
             "no CLIP filter": {"train": {"config.data.path": "shards_unfiltered"}},
             "another seed": {"train": {"config.seed": 1}},
-            "SDEdit": {"model": "sd", "evaluate": {"method": "sdedit"}}}}
+            "SDEdit": {"model": "sd", "evaluate": {"method": "sdedit", "image-guidance": null}}}}
 
-Each run has DIR/NAME/train and DIR/NAME/evaluation; one that names a model, which is there, is not
-trained. The same command again goes on where it was
-stopped; in the end DIR holds curves.png and table.md of all runs.
+A run's own option goes over the shared one; null takes that away. Each run has DIR/NAME/train and
+DIR/NAME/evaluation; one that names a model, which is there, is not trained. The same command again
+goes on where it was stopped, and again through runs whose options or configuration have changed
+since; in the end DIR holds curves.png and table.md of all runs.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -86,7 +88,9 @@ def read_runs(path: Path) -> list[Run]:
         model = tree.get("model", "")
         if not isinstance(model, str) or (model and own["train"]):
             raise ValueError(f"{path}: {name}: expected the name of a model, or how to train one")
-        train, evaluate = (shared[part] | own[part] for part in PARTS)
+        train, evaluate = (
+            merged(shared[part], own[part], f"{path}: {name}: {part}") for part in PARTS
+        )
         runs.append(Run(name, train, evaluate, model))
     folders = [run.folder for run in runs]
     for run in runs:
@@ -127,6 +131,15 @@ def options_of(tree: Any, known: Sequence[str], what: str) -> dict[str, dict[str
     return {part: tree.get(part, {}) for part in PARTS}
 
 
+def merged(shared: dict[str, Any], own: dict[str, Any], what: str) -> dict[str, Any]:
+    """Shared options under a run's own, of which null takes one away; ValueError if none is there
+    to be taken."""
+    for key, value in own.items():
+        if value is None and key not in shared:
+            raise ValueError(f"{what}: {key} is null, expected it among the shared options")
+    return {key: value for key, value in (shared | own).items() if value is not None}
+
+
 def arguments(options: dict[str, Any]) -> list[str]:
     """Options as they are given on a command line; a flag is true, or left out."""
     given = []
@@ -149,10 +162,11 @@ def commands(run: Run, folder: Path) -> list[list[str]]:
 
 def make(run: Run, folder: Path) -> int:
     """Trains and evaluates a run, unless just that is done; returns the exit code."""
-    wanted, done = commands(run, folder), folder / "done.json"
+    wanted, done = recipe(run, folder), folder / "done.json"
     if done.exists() and json.loads(done.read_text()) == wanted:
         return 0
-    for command in wanted:  # in processes of their own, so that each has the devices to itself
+    for command in wanted["commands"]:
+        # in a process of its own, so that each has the devices to itself
         code = subprocess.run([sys.executable, "-m", *command]).returncode
         if code:
             return code
@@ -161,6 +175,14 @@ def make(run: Run, folder: Path) -> int:
     with atomic_path(done) as part:
         part.write_text(json.dumps(wanted))
     return 0
+
+
+def recipe(run: Run, folder: Path) -> dict[str, Any]:
+    """What a run is made by: its commands, and a digest of the configuration that they read."""
+    made_by = commands(run, folder)
+    parsed = None if run.model else config.parse(made_by[0][1:])
+    values = json.dumps(config.flatten(parsed.config) if parsed else {}, sort_keys=True)
+    return {"commands": made_by, "config": hashlib.sha256(values.encode()).hexdigest()[:16]}
 
 
 def is_trained(workdir: Path) -> bool:

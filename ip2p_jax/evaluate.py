@@ -65,6 +65,8 @@ def settings_of(args: argparse.Namespace, sweep: Sweep) -> dict[str, Any]:
         "texts": set_digest(args.data, sweep.examples),
         "resolution": sweep.shown.side,
     }
+    for name, params in sweep.scorer.params.items():
+        values[f"{name}_weights"] = weights_digest(params)
     return values | {"search": args.search, "floor": floor_of(args) if args.search else None}
 
 

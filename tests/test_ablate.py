@@ -3,6 +3,7 @@
 stopped; wrong lists are refused in one line before anything runs."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,31 @@ def test_options_of_a_run_go_over_the_shared_ones(tmp_path):
     assert ablate.arguments({"legacy": False, "config.a": False}) == ["--config.a=False"]
 
 
+def test_null_takes_a_shared_option_away(tmp_path):
+    sdedit = {"model": "sd", "evaluate": {"method": "sdedit", "image-guidance": None}}
+    shared = {**GOOD["evaluate"], "image-guidance": "1,2"}
+    tree = {**GOOD, "evaluate": shared, "runs": {"all": {}, "SDEdit": sdedit}}
+    first, second = ablate.read_runs(write(tmp_path, tree))
+    assert first.evaluate == shared
+    assert second.evaluate == {**GOOD["evaluate"], "method": "sdedit"}
+
+
+def test_an_edited_configuration_is_another_run(tmp_path, monkeypatch):
+    """Its file has the same name; what says the same in other words is done."""
+    calls = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(ablate.subprocess, "run", lambda line: calls.append(line) or done)
+    monkeypatch.setattr(ablate, "is_trained", lambda _: True)
+    file, out = tmp_path / "recipe.py", tmp_path / "out"
+    out.mkdir()
+    tree = {**GOOD, "train": {"config": str(file)}, "runs": {"all": {}}}
+    text = "from ip2p_jax.config import Config, Data\n\n\ndef get_config():\n"
+    for seed, started in (("1", 2), ("1", 2), ("2 - 1", 2), ("2", 4)):
+        file.write_text(f"{text}    return Config(data=Data(path='x'), seed={seed})\n")
+        [run] = ablate.read_runs(write(tmp_path, tree))
+        assert ablate.make(run, out) == 0 and len(calls) == started
+
+
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
@@ -71,6 +97,10 @@ def test_options_of_a_run_go_over_the_shared_ones(tmp_path):
         ),
         ({**GOOD, "runs": {"a b": {}, "a_b": {}}}, "expected a name that no other run has"),
         ({**GOOD, "runs": {"%": {}}}, "expected a name that no other run has"),
+        (
+            {**GOOD, "runs": {"a": {"evaluate": {"seed": None}}}},
+            "a: evaluate: seed is null, expected it among the shared options",
+        ),
         ({**GOOD, "train": {}}, "all: expected train.config and evaluate.data"),
         ({**GOOD, "evaluate": {"data": DATA, "output": "x"}}, "evaluate: expected options but"),
         ({**GOOD, "evaluate": {"data": "none"}}, "all: none is not there"),

@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 from ip2p_jax import evaluate, jobs, storage
-from ip2p_jax.evaluation import evaluation_run
+from ip2p_jax.evaluation import evaluation_run, scorer
 from ip2p_jax.evaluation.report import points, read_metrics
+from tests import oracles
 from tests.data.released import encode
 from tests.evaluation.layouts import SESSIONS, write_lines, write_magicbrush
 from tests.kills import KILLS, write_row
@@ -341,6 +342,45 @@ def test_a_set_that_cannot_be_read_has_no_points(options, compiled, tmp_path):
     assert not {"curve.png", "samples.png"} & set(before)
     assert evaluate.main(line) == 0
     assert content(out) == before
+
+
+def broken_set(folder: Path, broken: int) -> Path:
+    """24 examples; the last so many have a header and nothing after it."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    whole = encode(noise, "PNG")
+    for i in range(24):
+        (folder / f"{i}.png").write_bytes(whole if i < 24 - broken else whole[:2000])
+    lines = [{"input": f"{i}.png", "instruction": "x"} for i in range(24)]
+    return write_lines(folder / "set.jsonl", lines)
+
+
+def test_too_many_broken_pictures_are_an_error_in_every_start(options, compiled, tmp_path, capsys):
+    """What earlier starts skipped counts; 20 may be skipped, however often it is started."""
+    line = [*options, "--pictures", "0", "--image-guidance", "1.0"]
+    for broken in (20, 22):
+        data = broken_set(tmp_path / f"set{broken}", broken)
+        out = tmp_path / f"eval{broken}"
+        mine = [*line, "--data", str(data), "--output", str(out)]
+        for _ in range(3):
+            if broken == 20:
+                assert evaluate.main(mine) == 0
+            else:
+                assert_refused(mine, "examples cannot be read, which is over 5%; the", capsys)
+        assert (out / "metrics.jsonl").exists() == (broken == 20)
+
+
+@pytest.mark.parametrize(("seed", "code"), [(0, 0), (1, 2)])
+def test_another_clip_at_the_same_path(
+    options, made, opened, compiled, seed, code, tmp_path, monkeypatch, capsys
+):
+    """Is refused; the same one, opened anew, goes on."""
+    clip = oracles.tiny_clip(tmp_path / "clip", seed)
+    there = scorer.open_scorer(str(clip), devices=jax.local_devices())
+    monkeypatch.setattr(opened[1], "scorer", there)
+    assert evaluate.main([*options, *POINTS, "--output", str(made)]) == code
+    words = f"error: {made} was made with clip_weights "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(words) == bool(code)
 
 
 def assert_refused(line: list[str], words: str, capsys) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ip2p_jax.evaluation.evaluation_folder import EvaluationFolder, Line
-from ip2p_jax.evaluation.sweep import Batch, Point, Result, Sweep, cut
+from ip2p_jax.evaluation.sweep import NOT_FINITE, Batch, Point, Result, Sweep, cut
 from ip2p_jax.storage import retried
 
 FEW, MOST_SKIPPED = 20, 0.05
@@ -55,6 +55,14 @@ def skipped_examples(lines: Iterable[Line]) -> set[int]:
     return {line["index"] for line in lines if line["kind"] == "skipped"}
 
 
+def unreadable_before(folder: EvaluationFolder, plan: Plan) -> dict[int, str]:
+    """Why examples could not be read, of those that earlier commands skipped."""
+    with ThreadPoolExecutor(READERS) as pool:
+        lines = [x for unit in pool.map(folder.lines, range(len(plan.units))) for x in unit]
+    skipped = [x for x in lines if x["kind"] == "skipped" and x["reason"] != NOT_FINITE]
+    return {x["index"]: x["reason"] for x in skipped if x["index"] in plan.order}
+
+
 def missing(folder: EvaluationFolder, plan: Plan, numbers: Sequence[int]) -> dict[int, list[Point]]:
     """Those of the units `numbers` that are not whole, and at which points."""
 
@@ -74,7 +82,8 @@ def run(
     While the devices compute one result, the one before is written and the next pictures are read.
     """
     computing: deque[Result] = deque()
-    unreadable: dict[int, str] = {}
+    unreadable = unreadable_before(folder, plan)
+    check_skipped(unreadable, sweep.examples.name, len(plan.order))
     for batch in ahead(sweep, plan, list(todo)):
         unreadable |= batch.reasons
         check_skipped(unreadable, sweep.examples.name, len(plan.order))

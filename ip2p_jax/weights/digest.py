@@ -14,7 +14,7 @@ PART = 6
 
 
 def weights_digest(params: Params) -> str:
-    """A digest of names, shapes and evenly spaced values of parameters (on the host)."""
+    """A digest of names, shapes and evenly spaced values of parameters, wherever they are."""
     digest = hashlib.sha256()
     for path, x in leaves(params):
         places = tuple(slice(None, None, max(1, side // PART)) for side in x.shape)

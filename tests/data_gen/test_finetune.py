@@ -216,26 +216,32 @@ def requests(server):
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     """SIGKILL at random moments, with a server that loses answers: one file, one job, one model;
-    the key is in no file."""
-    given = [f"--triplets={EXAMPLES}", f"--output={tmp_path / 'out'}", "--poll=0.02"]
-    draw, codes = random.Random(KILLS), []
+    the key is in no file. Whoever comes to the end begins anew, with another order."""
+    draw, started, kills, order = random.Random(KILLS), 0, 0, 0
     with serve(tmp_path, polls=3, latency=0.02, **TRANSPORT) as server:
-        command = [sys.executable, "-c", RUN, *given, *submit(server)]
+        given = [sys.executable, "-c", RUN, f"--triplets={EXAMPLES}", "--poll=0.02"]
+
+        def command():
+            named = [f"--output={tmp_path / f'out{order}'}", f"--suffix=order-{order}"]
+            return [*given, *named, *submit(server)]
+
         quiet = {"env": server.environment(), "stderr": subprocess.DEVNULL}
-        for _ in range(KILLS):
+        while kills < KILLS:
             begun = requests(server)
-            with subprocess.Popen(command, stdout=subprocess.DEVNULL, **quiet) as process:
+            with subprocess.Popen(command(), stdout=subprocess.DEVNULL, **quiet) as process:
                 while process.poll() is None and requests(server) == begun:
                     time.sleep(0.02)
                 time.sleep(0.15 * draw.random())
                 process.kill()
-            codes.append(process.returncode)
-        done = subprocess.run(command, capture_output=True, text=True, env=server.environment())
+            assert process.returncode in (0, -9) and started < 20 * KILLS
+            started, kills = started + 1, kills + (process.returncode == -9)
+            order += process.returncode == 0
+        done = subprocess.run(command(), capture_output=True, text=True, env=server.environment())
         stats = server.stats()
-    (job,) = stats["jobs"].values()
+    *_, job = jobs = list(stats["jobs"].values())
     assert done.returncode == 0 and done.stdout.endswith(f"model: {job['fine_tuned_model']}\n")
-    assert len(stats["files"]) == 1 and job["status"] == "succeeded"
-    assert -9 in codes
-    written = [x.read_text("utf-8") for x in (tmp_path / "out").iterdir() if x.suffix != ".part"]
+    assert len(stats["files"]) == len(jobs) == order + 1
+    assert {job["status"] for job in jobs} == {"succeeded"}
+    written = [x.read_text("utf-8") for x in tmp_path.glob("out*/*") if x.suffix != ".part"]
     assert KEY not in "".join([*written, done.stdout, done.stderr])
-    write_row("a fine-tuning job", KILLS, sum(code < 0 for code in codes), 0)
+    write_row("a fine-tuning job", started, kills, 0)
