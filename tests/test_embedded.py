@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded model is small, complete, float16, and edits with nothing but the package."""
+"""Embedded models are small, complete, float16, and work with nothing but the package."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,14 @@ from safetensors import safe_open
 from data_gen.photos import PHOTOS, held_out_crops
 from examples.photo_edits import SIX, measure
 from ip2p_jax.editor import Editor
-from ip2p_jax.weights.hub import ASSETS, embedded
+from ip2p_jax.evaluation.clip_scores import Clip
+from ip2p_jax.generator import Generator
+from ip2p_jax.weights.hub import ASSETS, embedded, embedded_clips
 from ip2p_jax.weights.load import load
 
 FOLDER = ASSETS / "photos"
+WORLDS = {"photos": (["photos"], 12), "shapes": (["shapes-sd", "shapes-clip"], 25)}
+"""What ships for a world, and how many MiB it may take in all."""
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +24,14 @@ def photos():
     return load("photos")
 
 
-def test_files_are_small_and_float16():
-    assert "photos" in embedded()
-    assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) <= 12 * 2**20
-    tensors = list(FOLDER.rglob("*.safetensors"))
-    assert len(tensors) == 3
+@pytest.mark.parametrize("world", WORLDS)
+def test_files_are_small_and_float16(world):
+    names, most = WORLDS[world]
+    assert set(names) <= {*embedded(), *embedded_clips()}
+    files = [f for name in names for f in (ASSETS / name).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= most * 2**20
+    tensors = [f for f in files if f.suffix == ".safetensors"]
+    assert len(tensors) == sum(1 if name in embedded_clips() else 3 for name in names)
     for file in tensors:
         with safe_open(file, "np") as opened:
             names = list(opened.keys())
@@ -68,6 +75,22 @@ def test_edits_are_nearest_to_the_truth(photos):
     )
     assert sum(scores[name].passed >= 0.8 for name in SIX) >= 5
     assert max(score.wrong_passed for score in scores.values()) < 0.2
+
+
+def test_pictures_of_the_shapes_world_are_what_their_captions_say():
+    """A picture is nearer to its caption than to the others', for the CLIP that ships, too."""
+    captions = [
+        "a big plain red circle in front of a mint background",
+        "a big plain blue square in front of a beige background",
+        "a big plain green star in front of a grey background",
+    ]
+    generator, clip = Generator.from_pretrained("shapes-sd"), Clip.from_pretrained("shapes-clip")
+    made = generator(captions, steps=8, sampler="dpmpp_2m", text_guidance=4.0)
+    assert {picture.size for picture in made} == {(64, 64)}
+    pixels = np.stack([np.asarray(picture) for picture in made])
+    images, texts = clip.embed_images(pixels), clip.embed_texts(captions)
+    alike = images @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T
+    assert (alike.argmax(axis=1) == np.arange(3)).all()
 
 
 def test_card_names_the_photographs():

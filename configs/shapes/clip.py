@@ -29,5 +29,5 @@ def get_config() -> Config:
         mesh=Mesh(data=-1, fsdp=1),
         checkpoint=Checkpoint(every=200),
         log=Log(every=20, samples_every=200),
-        steps=1500,
+        steps=600,
     )

@@ -43,6 +43,11 @@ def embedded() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
 
 
+def embedded_clips() -> list[str]:
+    """Names of the CLIPs that ship with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+
+
 def locate(model: str, revision: str | None, wanted: list[str]) -> Path:
     """Returns the file or folder of `model`, downloading the files `wanted` of a hub id.
 
@@ -68,11 +73,13 @@ def locate(model: str, revision: str | None, wanted: list[str]) -> Path:
 
 def locate_clip(model: str, revision: str | None) -> Path:
     """Returns the file or folder of a CLIP, or of another model that transformers keeps under the
-    same file names, downloading what is needed of a hub id.
+    same file names, downloading what is needed of a hub id. An embedded CLIP's name comes first.
 
     Raises:
       FileNotFoundError: there is no such thing, or no way to get it.
     """
+    if model in embedded_clips():
+        return ASSETS / model
     path = Path(model).expanduser()
     if path.exists():
         return path
