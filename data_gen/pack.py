@@ -5,7 +5,8 @@ python -m data_gen.pack --input FOLDER --output DIR
 python -m data_gen.pack --input FILE.parquet... --output DIR [--columns input=a,...]
 python -m data_gen.pack --verify --output DIR
 
-The same command again goes on where it was stopped. DIR/report.json names what was left out,
+The same command again goes on where it was stopped; another --input, or others of its pairs, need
+another DIR. DIR/settings.json holds what DIR was made of, DIR/report.json names what was left out,
 DIR/contact_sheet.png shows some pairs. --verify reads all of DIR again: hashes, counts, pictures.
 """
 
@@ -35,8 +36,12 @@ from ip2p_jax.cli import Parser, atomic_path, one_line_errors
 from ip2p_jax.data.manifest import MANIFEST, Shard, measure, save_manifest, verify
 from ip2p_jax.data.pairs import SPLITS, Pairs, serialize, split_range
 from ip2p_jax.data.pictures import size
+from ip2p_jax.storage import SETTINGS, open_folder
 
 Source = Folder | Parquet
+
+KIND = "packed pairs"
+"""What the folder is of, in words."""
 
 
 class Job(NamedTuple):
@@ -119,11 +124,11 @@ def write_shards(source: Source, jobs: list[Job], workers: int) -> Iterator[int]
 def _stage(output: Path, settings: dict[str, Any]) -> Path:
     """The folder where shards are gathered: an earlier run's if it had the same settings."""
     stage = output.with_name(f".{output.name}.incomplete")
-    note = stage / "settings.json"
-    if not (note.is_file() and note.read_text() == json.dumps(settings)):
+    note, text = stage / SETTINGS, json.dumps(settings, indent=1)
+    if not (note.is_file() and note.read_text() == text):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
-        note.write_text(json.dumps(settings))
+        note.write_text(text)
     shutil.rmtree(stage / "pairs", ignore_errors=True)
     return stage
 
@@ -179,13 +184,27 @@ def _finish(stage: Path, output: Path, jobs: list[Job], max_refused: float) -> s
     shutil.rmtree(stage / "downloads")
     save_manifest(stage, builder.manifest)
     shutil.rmtree(stage / "shards")
-    (stage / "settings.json").unlink()
     write_sheet(stage)
     os.replace(stage, output)
     prompts = {s: sum(len(shard.sizes) for _, shard in shards[s]) for s in shards}
     splits = ", ".join(f"{split} {count}" for split, count in prompts.items())
     left_out = f"; {len(refused)} left out ({named}): report.json" if refused else ""
     return f"{kept} pairs of {sum(prompts.values())} prompts ({splits}) in {output}{left_out}"
+
+
+def settings_of(
+    source: Source, inputs: list[Path], columns: dict[str, str] | None, shard_size: int
+) -> dict[str, Any]:
+    """What decides the data folder."""
+    listed = json.dumps([source.ids, source.seeds]).encode()
+    return {
+        "inputs": [str(path.resolve()) for path in inputs],
+        "columns": columns,
+        "shard_size": shard_size,
+        "prompts": len(source.ids),
+        "pairs": sum(map(len, source.seeds)),
+        "seeds": hashlib.sha256(listed).hexdigest()[:16],
+    }
 
 
 def pack(
@@ -200,24 +219,20 @@ def pack(
     """Imports pairs into `output`, which appears whole at the end; returns one line of summary.
 
     Resumes what an earlier call with the same arguments left. Raises ValueError or
-    FileNotFoundError for an input that is none, and when more than `max_refused` of the pairs
-    cannot be used.
+    FileNotFoundError for an input that is none, when `output` was made of another one, and when
+    more than `max_refused` of the pairs cannot be used.
     """
-    if (output / MANIFEST).is_file():
-        verify(output)
-        return f"{output} is already there"
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    made = (output / MANIFEST).is_file()
+    if not made and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} is already there and not an empty folder")
     source = open_source(inputs, columns)
     if not source.ids:
         raise ValueError(f"{inputs[0]}: lists no pairs")
-    listed = json.dumps([source.ids, source.seeds]).encode()
-    settings = {
-        "inputs": [str(path.resolve()) for path in inputs],
-        "columns": columns,
-        "shard_size": shard_size,
-        "listed": hashlib.sha256(listed).hexdigest(),
-    }
+    settings = settings_of(source, inputs, columns, shard_size)
+    if made:
+        open_folder(str(output), settings, KIND)
+        verify(output)
+        return f"{output} is already there"
     stage = _stage(output, settings)
     jobs = plan(len(source.ids), shard_size, stage / "shards")
     with Progress() as progress:
@@ -243,6 +258,16 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
+def local_paths(args: argparse.Namespace) -> list[str]:
+    """--output, then each --input. Raises ValueError for one that is a URL."""
+    if "://" in args.output:
+        raise ValueError(f"--output {args.output}: expected a local folder")
+    for path in args.input or []:
+        if "://" in path:
+            raise ValueError(f"--input {path}: expected a local folder, or local parquet files")
+    return [args.output, *(args.input or [])]
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 all is well, 1 --verify found broken pairs, 2 wrong input."""
@@ -252,8 +277,8 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", help="folder with seeds.json, or parquet files")
-    add("--output", type=Path, required=True, help="data folder to make")
+    add("--input", nargs="+", help="folder with seeds.json, or parquet files")
+    add("--output", required=True, help="data folder to make")
     add("--columns", help="input=NAME,output=NAME,instruction=NAME[,input_caption=..,...]")
     add("--shard-size", type=int, default=256, help="prompts in a shard (default 256)")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
@@ -262,11 +287,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.verify == bool(args.input):
         raise ValueError("expected either --input or --verify")
+    output, *inputs = (Path(path) for path in local_paths(args))
     if args.verify:
-        verdict = verify_pairs(args.output)
+        verdict = verify_pairs(output)
         for fault in verdict.faults:
             print(fault, file=sys.stderr)
-        print(f"{args.output}: {verdict}, {len(verdict.faults)} not right")
+        print(f"{output}: {verdict}, {len(verdict.faults)} not right")
         return 1 if verdict.faults else 0
     for name in ("shard_size", "workers"):
         if getattr(args, name) < 1:
@@ -274,8 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.max_refused <= 1:
         raise ValueError("--max-refused must be between 0 and 1")
     summary = pack(
-        args.input,
-        args.output,
+        inputs,
+        output,
         columns=parse_columns(args.columns) if args.columns else None,
         shard_size=args.shard_size,
         workers=args.workers,

@@ -83,6 +83,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("expected either --data and --model, or --verify")
     splits = args.split.split(",")
     wanted = {
+        "--output": ("://" not in args.output, args.output, "a local folder"),
+        "--data": ("://" not in (args.data or ""), args.data, "a local folder"),
         "--views": (args.views >= 1, args.views, "at least 1"),
         "--resolution": (args.resolution >= 1, args.resolution, "at least 1"),
         "--resize-min": (

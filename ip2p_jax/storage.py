@@ -3,6 +3,7 @@
 etils.epath."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,31 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds between the tries of `retried`: about a minute in all."""
 
 
+OF_BUCKETS = (
+    ("gcsfs.retry", "HttpError"),
+    ("gcsfs.retry", "ChecksumError"),
+    ("aiohttp", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("google.api_core.exceptions", "GoogleAPIError"),
+)
+"""What clients of buckets raise that is no OSError: module and class."""
+
+
+def transient() -> tuple[type[Exception], ...]:
+    """What storage raises that fails for a while: to be called in an except clause.
+
+    A class whose module nobody has imported is raised by nobody: nothing is imported for it.
+    """
+    named = (getattr(sys.modules.get(module), name, None) for module, name in OF_BUCKETS)
+    return (OSError, *(x for x in named if isinstance(x, type) and issubclass(x, Exception)))
+
+
 class StorageError(Exception):
     """Storage that failed at every try; what was not written is made again by the same command."""
 
 
 def retried(action: Callable[[], T], what: str) -> T:
-    """Does `action` until it raises no OSError, with longer and longer waits between.
+    """Does `action` until it raises none of `transient`, with longer and longer waits between.
 
     Raises StorageError that says `what` failed and why. A path that is not there, or is of the
     wrong kind, is no failure of the disk and is raised at once.
@@ -33,7 +53,7 @@ def retried(action: Callable[[], T], what: str) -> T:
             return action()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise
-        except OSError as error:
+        except transient() as error:
             if wait is None:
                 tries = len(WAITS) + 1
                 raise StorageError(f"{what}: failed {tries} times ({error})") from error

@@ -309,11 +309,14 @@ def test_latents_that_are_not_finite_are_left_out(data, tmp_path, capsys):
         (["--data=nowhere"], "nowhere"),
         (["--model=/nowhere"], "/nowhere"),
         (["--host=2"], "--host 2: expected 0 to 0"),
+        (["--output=gs://b/x"], "--output gs://b/x: expected a local folder"),
+        (["--data=gs://b/x"], "--data gs://b/x: expected a local folder"),
         (["--output=/dev/null", "--model=/nowhere"], "no file can be made in /dev/null"),
     ],
 )
-def test_wrong_options_are_one_line(data, model, tmp_path, options, message, capsys):
+def test_wrong_options_are_one_line(data, model, tmp_path, options, message, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert latents.run(data, model, tmp_path / "out", *options) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())

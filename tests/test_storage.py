@@ -2,11 +2,13 @@
 """Claim: storage that fails for a while is tried again with growing waits, and then reported."""
 
 import os
+import sys
 
 import pytest
 from etils import epath
 
 from ip2p_jax import storage
+from tests.storage_faults import bucket_error
 
 
 @pytest.fixture
@@ -17,14 +19,14 @@ def waits(monkeypatch):
     return spent
 
 
-def failing(times: int):
-    """An action that raises OSError so many times, then returns "done"."""
+def failing(times: int, error: Exception | None = None):
+    """An action that raises an error so many times, then returns "done"."""
     left = [times]
 
     def action():
         if left[0]:
             left[0] -= 1
-            raise OSError(5, "Input/output error")
+            raise error or OSError(5, "Input/output error")
         return "done"
 
     return action
@@ -39,6 +41,31 @@ def test_a_lasting_failure_is_reported_with_its_name(waits):
     with pytest.raises(storage.StorageError, match=r"pairs/7: failed 7 times .*Input/output"):
         storage.retried(failing(7), "pairs/7")
     assert waits == list(storage.WAITS)
+
+
+def test_a_bucket_that_fails_is_tried_again(waits, monkeypatch):
+    """Then reported. Controls: other exceptions, and the same one when its module is not there."""
+    error = bucket_error(monkeypatch)("Too many requests, 429")
+    assert storage.retried(failing(2, error), "x") == "done"
+    assert waits == [1.0, 2.0]
+    with pytest.raises(storage.StorageError, match=r"pairs/7: failed 7 times \(Too many requests"):
+        storage.retried(failing(7, error), "pairs/7")
+    waits.clear()
+    with pytest.raises(KeyError):
+        storage.retried(failing(1, KeyError("x")), "x")
+    del sys.modules["gcsfs.retry"]
+    with pytest.raises(type(error)):
+        storage.retried(failing(1, error), "x")
+    assert not waits
+
+
+def test_classes_of_clients_are_those_that_are_imported(monkeypatch):
+    for module, _ in storage.OF_BUCKETS:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert storage.transient() == (OSError,)
+    assert not {module for module, _ in storage.OF_BUCKETS} & set(sys.modules)
+    aiohttp = pytest.importorskip("aiohttp")
+    assert storage.transient() == (OSError, aiohttp.ClientError)
 
 
 def test_a_missing_file_is_no_failure_of_the_disk(waits, tmp_path):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training pairs on disk: a TFDS data set of ArrayRecord shards, without TensorFlow.
 
-A data folder holds `pairs/1.0.0/` (the data set), `manifest.json` (what every shard must contain)
-and `report.json` (what was left out, and why). Pairs of one prompt are neighbours.
+A data folder holds `pairs/1.0.0/` (the data set), `manifest.json` (what every shard must contain),
+`report.json` (what was left out, and why) and `settings.json` (what was packed: only data_gen.pack
+reads it). Pairs of one prompt are neighbours.
 """
 
 import io

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ip2p_jax import config
-from ip2p_jax.storage import write_whole
+from ip2p_jax.storage import transient, write_whole
 from ip2p_jax.training.events import Events
 from ip2p_jax.training.state import Metrics
 
@@ -257,7 +257,7 @@ class Logs:
         """Says what the disk refuses. The event file may end in half a record: another is begun."""
         try:
             yield
-        except OSError as error:
+        except transient() as error:
             self.say(f"WARNING: what is logged could not be written ({error})")
             self.close_events()
 
@@ -266,7 +266,7 @@ class Logs:
         try:
             if events:
                 events.close()
-        except OSError as error:
+        except transient() as error:
             self.say(f"WARNING: TensorBoard lacks some events ({error})")
 
     def say(self, text: str) -> None:

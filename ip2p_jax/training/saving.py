@@ -17,12 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from ip2p_jax import config
-from ip2p_jax.storage import WAITS, StorageError
+from ip2p_jax.storage import WAITS, StorageError, transient
 from ip2p_jax.training import checkpoint, logs
 from ip2p_jax.types import TrainState
-
-FAILURES = (OSError, ValueError, RuntimeError)
-"""What a failed save raises: tensorstore has ValueError for whatever a file system refuses."""
 
 LOUD = 3
 """Saves that fail in a row before the warning says what is at stake."""
@@ -30,12 +27,17 @@ LOUD = 3
 Say = Callable[[str], None]
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What a failed save raises: tensorstore has ValueError for whatever a file system refuses."""
+    return (*transient(), ValueError, RuntimeError)
+
+
 def at_once(call: Callable[..., None], *args: Any) -> Future[None]:
     """`call(*args)`, as an executor's `submit` has it done."""
     done: Future[None] = Future()
     try:
         done.set_result(call(*args))
-    except FAILURES as error:
+    except failures() as error:
         done.set_exception(error)
     return done
 
@@ -111,7 +113,7 @@ class Saver:
         for end in (self.begun.result, self.manager.wait_until_finished):
             try:
                 end()
-            except FAILURES as error:
+            except failures() as error:
                 wrong = wrong or error
         return wrong
 
@@ -129,7 +131,7 @@ class Saver:
         try:
             checkpoint.clear(self.manager.directory)
             self.manager.reload()
-        except OSError as error:
+        except transient() as error:
             say(f"WARNING: what is left of step {step} could not be removed ({error})")
 
     def finish(self, state: TrainState, say: Say) -> None:

@@ -12,10 +12,12 @@ import pytest
 
 from data_gen import pack as packing
 from data_gen.pack import main, pack, plan
+from ip2p_jax.config import Data
+from ip2p_jax.data.loader import make_loader
 from ip2p_jax.data.manifest import verify
 from ip2p_jax.data.pairs import PairSource
 from ip2p_jax.data.pictures import decode
-from tests.data.released import encode, identify, picture, write_released
+from tests.data.released import Words, encode, identify, picture, write_released
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,72 @@ def test_the_same_command_again_changes_nothing(released, tmp_path):
     assert content(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    ("more", "difference"),
+    [
+        ({"inputs": "others"}, "inputs"),
+        ({"columns": {"input": "a", "output": "b", "instruction": "c"}}, "columns None"),
+        ({"shard_size": 7}, "shard_size 256, this command says 7"),
+    ],
+)
+def test_another_input_is_refused(released, tmp_path, more, difference):
+    """In one line that names the difference; nothing is changed. Control: the same one again."""
+    write_released(tmp_path / "others", 20)
+    out, inputs = tmp_path / "out", [tmp_path / more.pop("inputs", released)]
+    pack([released], out)
+    before = content(out)
+    with pytest.raises(ValueError, match=f"^{out} was made with {difference}"):
+        pack(inputs, out, **more)
+    assert pack([released], out).endswith("is already there")
+    assert content(out) == before
+
+
+def test_pairs_that_were_added_later_are_no_silent_loss(released, damaged, tmp_path, capsys):
+    """Nor are those that took the place of others. Control: the listing as it was."""
+    command = ["--input", str(damaged), "--output", str(tmp_path / "out"), "--workers", "1"]
+    listed = json.loads((released / "seeds.json").read_text())
+    fewer, others = listed[:-1], [*listed[:-1], ["0000019", ["1", "2", "3", "4"]]]
+    (damaged / "seeds.json").write_text(json.dumps(fewer))
+    assert main(command) == 0
+    before = content(tmp_path / "out")
+    for now, words in ((listed, "pairs 76, this command says 80"), (others, "pairs 76")):
+        (damaged / "seeds.json").write_text(json.dumps(now))
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    (damaged / "seeds.json").write_text(json.dumps([*fewer[:-1], ["0000018", [*"1234"]]]))
+    assert main(command) == 2
+    assert "was made with seeds '" in capsys.readouterr().err
+    (damaged / "seeds.json").write_text(json.dumps(fewer))
+    assert main(command) == 0
+    assert "is already there" in capsys.readouterr().out
+    assert content(tmp_path / "out") == before
+
+
+def test_what_was_packed_can_be_moved(released, tmp_path, capsys):
+    """Training's loader reads it there, --verify finds it whole, and the same command knows it."""
+    pack([released], tmp_path / "out")
+    pairs, moved = pairs_of(tmp_path / "out"), tmp_path / "deep" / "moved"
+    moved.parent.mkdir()
+    (tmp_path / "out").rename(moved)
+    assert pairs_of(moved) == pairs
+    assert main(["--verify", "--output", str(moved)]) == 0
+    assert pack([released], moved) == f"{moved} is already there"
+    cfg = Data(path=str(moved), batch_size=6, resolution=16, resize_min=16, resize_max=20)
+    loader = make_loader(cfg, Words())
+    assert next(loader).input.shape == (6, 16, 16, 3)
+    loader.close()
+
+
+def test_a_folder_that_does_not_say_what_it_was_made_of_is_refused(released, tmp_path):
+    pack([released], tmp_path / "out")
+    (tmp_path / "out" / "settings.json").unlink()
+    before = content(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"not a folder of packed pairs \(no settings.json\)"):
+        pack([released], tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
 def cell(data):
     return {"bytes": data, "path": None}
 
@@ -270,6 +338,18 @@ def wrong_columns(path):
     return ["--input", str(path), "--columns", "input=a"], "--columns input=a: expected input=NAME"
 
 
+def remote_input(path):
+    return ["--input", "gs://b/x"], "--input gs://b/x: expected a local folder, or local parquet"
+
+
+def remote_output(path):
+    return ["--input", str(path), "--output", "gs://b/x"], "--output gs://b/x: expected a local"
+
+
+def remote_verify(path):
+    return ["--verify", "--output", "gs://b/x"], "--output gs://b/x: expected a local folder"
+
+
 def wrong_number(path):
     return ["--input", str(path), "--shard-size", "0"], "--shard-size must be at least 1"
 
@@ -286,12 +366,16 @@ def wrong_number(path):
         unknown_columns,
         wrong_columns,
         wrong_number,
+        remote_input,
+        remote_output,
+        remote_verify,
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     arguments, message = case(tmp_path / "in")
-    assert main([*arguments, "--output", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert main(["--output", str(tmp_path / "out"), "--workers", "1", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("error: ")

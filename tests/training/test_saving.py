@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: storage that fails stops no training and loses no checkpoint; saves are tried again with
-growing waits; who cannot save the last state says so. The errors are those of a full disk."""
+growing waits; who cannot save the last state says so. The errors are those of a full disk, or of a
+bucket's client."""
 
 import contextlib
 import json
@@ -17,7 +18,7 @@ from ip2p_jax.config import Checkpoint, Config, Log, Mesh
 from ip2p_jax.storage import StorageError
 from ip2p_jax.training import checkpoint, logs, mesh, saving
 from ip2p_jax.types import TrainState
-from tests.storage_faults import full_disk
+from tests.storage_faults import bucket_error, full_disk
 from tests.toy_runs import equal
 
 CFG = Config(checkpoint=Checkpoint(keep=2), log=Log(every=2))
@@ -106,6 +107,38 @@ def test_a_save_that_fails_at_its_beginning_is_tried_again(saver, monkeypatch):
     assert saver.saved == 4
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_bucket_that_fails_is_a_failed_save(saver, monkeypatch, alone):
+    """Also while what is left is removed. Control: an error that is none of storage is raised."""
+    told: list[str] = []
+    raised = bucket_error(monkeypatch)("Too many requests, 429")
+
+    def fails(*_) -> None:
+        raise raised
+
+    if not alone:
+        saver.submit = saving.at_once
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", fails)
+        patch.setattr(checkpoint, "clear", fails)
+        saver.save(state(1), told.append)
+        saver.settle(1, told.append)
+        assert [line.partition(" (")[0] for line in told] == [
+            "WARNING: step 1 could not be saved",
+            "WARNING: what is left of step 1 could not be removed",
+        ]
+        assert all("(Too many requests, 429)" in line for line in told)
+    saver.save(state(2), told.append)
+    saver.settle(2, told.append)
+    assert saver.saved == 2 and len(told) == 2
+    raised = KeyError("a bug")
+    monkeypatch.setattr(checkpoint, "save", fails)
+    with pytest.raises(KeyError):
+        saver.save(state(3), told.append)
+        saver.settle(3, told.append)
+    saver.writing = None
+
+
 def test_what_is_saved_is_the_state_as_it_was(saver, monkeypatch):
     """Though it is donated to the next step before a byte is written; on 8 devices, too."""
     ready, save = threading.Event(), checkpoint.save
@@ -164,3 +197,25 @@ def test_logs_are_kept_until_the_disk_has_room(tmp_path, capsys):
                 log.grid(step, [np.zeros((64, 64, 3), np.uint8)[None]])
     assert steps(tmp_path) == list(range(1, 100))
     assert (tmp_path / "samples/00000095.png").exists()
+
+
+def test_logs_are_kept_until_a_bucket_answers_again(tmp_path, monkeypatch):
+    """Also if TensorBoard's file cannot be ended. Control: an error that is none of storage."""
+    raised = bucket_error(monkeypatch)("Too many requests, 429")
+
+    def fails(*_) -> None:
+        raise raised
+
+    with logs.open_logs(str(tmp_path), 0, Config()) as log:
+        log.tell_of(1, {"loss": 1.0})
+        assert log.events
+        with monkeypatch.context() as patch:
+            patch.setattr(logs, "append", fails)
+            patch.setattr(log.events, "close", fails)
+            log.tell_of(2, {"loss": 1.0})
+            assert steps(tmp_path) == [1]
+            raised = KeyError("a bug")
+            with pytest.raises(KeyError):
+                log.tell_of(3, {"loss": 1.0})
+        log.tell_of(4, {"loss": 1.0})
+    assert steps(tmp_path) == [1, 2, 3, 4]
