@@ -4,6 +4,7 @@
   python -m data_gen.shapes --output data/shapes_pairs --pairs 20000
   python -m data_gen.pack --input data/shapes_pairs --output data/shapes
   python -m data_gen.shapes --output data/shapes_validation --pairs 500 --seed 1
+  python -m data_gen.shapes --output data/shapes_alone --pairs 8000 --seed 4 --objects 1
   python -m data_gen.shapes --output data/shapes_held_out --pairs 500 --seed 2 --held-out
   python -m data_gen.shapes --output triplets.jsonl --triplets 5000
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_gen.shapes.examples import MOST
 from data_gen.shapes.write import write_pairs, write_triplets
 from ip2p_jax.cli import Parser, one_line_errors
 
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     amount.add_argument("--triplets", type=int, metavar="N", help="texts and scenes of N edits")
     add("--seed", type=int, default=0, help="another seed, other examples (default 0)")
     add("--held-out", action="store_true", help="what training never sees, and nothing else")
+    add("--objects", type=int, default=MOST, metavar="N", help=f"at most N in a scene ({MOST})")
     return p
 
 
@@ -50,11 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--{kind} {count}: expected at least 1")
     if kind == "triplets" and args.output.is_dir():
         raise ValueError(f"--output {args.output} is a folder, expected a file for the triplets")
+    if not 1 <= args.objects <= MOST:
+        raise ValueError(f"--objects {args.objects}: expected 1 to {MOST}")
     write = write_pairs if kind == "pairs" else write_triplets
     columns = (TextColumn(kind), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(kind, total=count)
-        for done in write(args.output, count, args.seed, args.held_out):
+        for done in write(args.output, count, args.seed, args.held_out, args.objects):
             progress.update(task, completed=done)
     print(f"{count} {kind} in {args.output}")
     return 0

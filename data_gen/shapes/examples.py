@@ -13,6 +13,7 @@ COMBINED = 0.2
 """Share of edits that change two things."""
 COUNTS = {1: 9.0, 2: 8.0, 3: 3.0}
 """Numbers of objects and how common they are."""
+MOST = max(COUNTS)
 
 
 class Example(NamedTuple):
@@ -37,13 +38,19 @@ class Example(NamedTuple):
         }
 
 
-def example(index: int, seed: int = 0, held_out: bool = False) -> Example:
-    """Example `index` of a seed, the same for ever.
+def example(index: int, seed: int = 0, held_out: bool = False, objects: int = MOST) -> Example:
+    """Example `index` of a seed, the same for ever, with at most so many objects, before and after.
 
     Without `held_out`, no object is of a held-out combination, before or after, and no wording is
     held out. With it, all objects before are of such combinations and all wordings are held out.
     """
     rng = random.Random(f"{seed} {index} {held_out}")
+    drawn = (draw_example(rng, held_out) for _ in itertools.count())
+    return next(x for x in drawn if max(len(x.before.objects), len(x.after.objects)) <= objects)
+
+
+def draw_example(rng: random.Random, held_out: bool) -> Example:
+    """A random example."""
     kinds = draw_kinds(rng)
     before, spare = draw_input(rng, kinds, held_out)
     changes = draw_changes(rng, before, spare, kinds, held_out)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_gen.contact_sheet import SHOWN, contact_sheet
 from data_gen.shapes.edits import change_of
-from data_gen.shapes.examples import Example, example
+from data_gen.shapes.examples import MOST, Example, example
 from data_gen.shapes.render import Picture, render
 from data_gen.shapes.scene import from_record
 from ip2p_jax.cli import atomic_path
@@ -55,16 +55,19 @@ def pair_files(folder: Path, count: int, held_out: bool) -> list[tuple[Path, ran
     return [(folder / name, part) for name, part in zip(names, parts, strict=True)]
 
 
-def write_pairs(output: Path, count: int, seed: int, held_out: bool) -> Iterator[int]:
+def write_pairs(
+    output: Path, count: int, seed: int, held_out: bool, objects: int = MOST
+) -> Iterator[int]:
     """Writes what is missing of `count` pairs; yields how many are there.
 
     Raises ValueError if the folder holds anything else.
     """
-    settings = {"world": "shapes", "pairs": count, "seed": seed, "held_out": held_out}
+    drawn = {"seed": seed, "held_out": held_out, "objects": objects}
+    settings = {"world": "shapes", "pairs": count, **drawn}
     folder = Path(open_folder(str(output), settings, "shapes"))
     for file, part in pair_files(folder, count, held_out):
         if not file.is_file():
-            table = pa.Table.from_pylist([row(example(i, seed, held_out)) for i in part])
+            table = pa.Table.from_pylist([row(example(i, **drawn)) for i in part])
             with atomic_path(file) as temporary:
                 pq.write_table(table, temporary, row_group_size=ROWS // 10)
         yield part.stop
@@ -72,7 +75,7 @@ def write_pairs(output: Path, count: int, seed: int, held_out: bool) -> Iterator
     if not sheet.is_file():
         with atomic_path(sheet) as temporary:
             temporary.write_bytes(
-                draw_sheet([example(i, seed, held_out) for i in range(min(count, SHOWN))])
+                draw_sheet([example(i, **drawn) for i in range(min(count, SHOWN))])
             )
 
 
@@ -89,11 +92,13 @@ def enlarged(pixels: Picture) -> Image.Image:
     return Image.fromarray(pixels.repeat(3, axis=0).repeat(3, axis=1))
 
 
-def write_triplets(output: Path, count: int, seed: int, held_out: bool) -> Iterator[int]:
+def write_triplets(
+    output: Path, count: int, seed: int, held_out: bool, objects: int = MOST
+) -> Iterator[int]:
     """Writes the triplets of `count` examples in one rename; yields how many are made."""
     with atomic_path(output) as temporary, temporary.open("wb") as file:
         for i in range(count):
-            file.write(json_lines([example(i, seed, held_out).record()]))
+            file.write(json_lines([example(i, seed, held_out, objects).record()]))
             yield i + 1
 
 

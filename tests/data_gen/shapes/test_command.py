@@ -76,6 +76,19 @@ def test_triplets_are_read_by_pair_generation(tmp_path):
     assert write.read_example(lines[7]) == example(7)
 
 
+def test_few_objects_before_and_after(tmp_path):
+    file = tmp_path / "triplets.jsonl"
+    assert main(["--output", str(file), "--triplets", "60", "--objects", "1"]) == 0
+    made = [write.read_example(json.loads(line)) for line in file.read_text().splitlines()]
+    assert {len(scene.objects) for x in made for scene in (x.before, x.after)} == {1}
+    free = [example(i) for i in range(60)]
+    fit = [len(x.before.objects) == len(x.after.objects) == 1 for x in free]
+    assert 5 < sum(fit) < 55
+    assert all(
+        (one == any_number) == fits for one, any_number, fits in zip(made, free, fit, strict=True)
+    )
+
+
 def test_wrong_options_are_one_line(tmp_path, capsys):
     folder = make(tmp_path / "pairs")
     capsys.readouterr()
@@ -83,6 +96,9 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         ["--pairs", "0"],
         ["--pairs", "60"],
         ["--pairs", "50", "--seed", "1"],
+        ["--pairs", "50", "--objects", "1"],
+        ["--pairs", "50", "--objects", "0"],
+        ["--pairs", "50", "--objects", "4"],
         ["--triplets", "5"],
         ["--pairs", "5", "--triplets", "5"],
         [],
