@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run as a model on a hub: a diffusers folder with a card that says how it was made."""
 
+import contextlib
 import functools
 import json
 import operator
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ip2p_jax.config import Config, flatten
@@ -87,6 +89,25 @@ def check_push(name: str, cfg: Config) -> None:
         raise ValueError(f"--push {name}: expected USER/NAME")
 
 
+@contextlib.contextmanager
+def refused(name: str) -> Iterator[None]:
+    """Whatever the hub's client raises (no token, no right, no network) as an OSError, one line."""
+    try:
+        yield
+    except Exception as error:  # its classes come from whichever HTTP library it uses
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OSError(f"--push {name}: {reason}") from None
+
+
+def open_repository(name: str) -> None:
+    """Creates the model `name` on the hub if it is not there: a run learns first whether it may.
+
+    Raises OSError, one line, if the hub refuses or is not reached.
+    """
+    with refused(name):
+        HfApi().create_repo(name, exist_ok=True)
+
+
 def publish(workdir: str, name: str) -> str:
     """Uploads the run in `workdir` as the model `name`, and returns its address.
 
@@ -98,11 +119,8 @@ def publish(workdir: str, name: str) -> str:
         folder = Path(scratch) / "model"
         save_diffusers(load(workdir), folder)
         write_card(workdir, name, folder)
-        try:
-            api.create_repo(name, exist_ok=True)
+        with refused(name):
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="A run")
-        except HfHubHTTPError as error:
-            raise OSError(f"--push {name}: {str(error).splitlines()[0]}") from None
     return f"{api.endpoint}/{name}"
 
 

@@ -29,7 +29,7 @@ from ip2p_jax import config
 from ip2p_jax.cli import one_line_errors, set_up_jax
 from ip2p_jax.data.loader import TooManyBroken
 from ip2p_jax.jobs import join
-from ip2p_jax.publish import check_push, publish
+from ip2p_jax.publish import check_push, open_repository, publish
 from ip2p_jax.storage import StorageError
 from ip2p_jax.training import logs
 from ip2p_jax.training.opening import Ready, dry_run, set_up
@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         if logs.writes():
             print("\n".join(lines))
         return 0
+    if command.push and logs.writes():
+        open_repository(command.push)
     run = set_up(command.config, command.workdir, command.override, distributed)
     try:
         done = train(command.config, command.workdir, run)
@@ -139,10 +141,20 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # no fault of the input: it keeps its traceback
         raise RuntimeError("the training failed") from error
     if command.push and done:
-        if logs.writes():
-            print(publish(command.workdir, command.push))
+        code = send(command) if logs.writes() else 0
         sync_global_devices("published")  # a host that left earlier would end the one that uploads
+        return code
     return 0
+
+
+def send(command: config.Command) -> int:
+    """Publishes the finished run; 1 if the hub refuses it."""
+    try:
+        print(publish(command.workdir, command.push))
+        return 0
+    except OSError as error:
+        print(f"error: {error}; the same command uploads it", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -307,8 +307,8 @@ def test_a_dry_run_leaves_nothing(options, tmp_path, capsys):
 
 def test_validation_and_what_is_published(options, finished, tmp_path, monkeypatch, capsys):
     """A finished run goes to the hub as a diffusers folder, with a card of its settings and last
-    metrics; what is no name there is refused before anything is trained. Hosts wait for the one
-    that uploads."""
+    metrics; what is no name there, or not ours, is refused before anything is trained, and what
+    fails to be sent is sent by the same command. Hosts wait for the one that uploads."""
     sent, waited = {}, []
     monkeypatch.setattr(train, "sync_global_devices", lambda name: waited.append(len(sent)))
 
@@ -316,18 +316,27 @@ def test_validation_and_what_is_published(options, finished, tmp_path, monkeypat
         endpoint = "https://hub"
 
         def create_repo(self, name, exist_ok):
-            assert exist_ok
+            assert exist_ok and name not in sent
+            if name == "you/edits":
+                raise RuntimeError("403 Forbidden: not yours\nRequest ID: 1")
 
         def upload_folder(self, *, repo_id, folder_path, commit_message):
+            if repo_id == "we/edits":
+                raise RuntimeError("503: later")
             sent[repo_id] = shutil.copytree(folder_path, tmp_path / "hub")
 
     monkeypatch.setattr(publish, "HfApi", Hub)
     more = ("--config.log.validation_every=2", "--config.log.validation_batches=1")
     assert run(options, finished, "--config.steps=22", *more, "--push=edits") == 2
     assert capsys.readouterr().err == "error: --push edits: expected USER/NAME\n"
+    assert run(options, finished, "--config.steps=22", *more, "--push=you/edits") == 2
+    assert capsys.readouterr().err == "error: --push you/edits: 403 Forbidden: not yours\n"
     assert steps(finished) == [0, 10, 20]
+    assert run(options, finished, "--config.steps=22", *more, "--push=we/edits") == 1
+    later = "error: --push we/edits: 503: later; the same command uploads it\n"
+    assert capsys.readouterr().err.endswith(later) and 22 in steps(finished)
     assert run(options, finished, "--config.steps=22", *more, "--push=me/edits") == 0
-    assert capsys.readouterr().out == "https://hub/me/edits\n" and waited == [1]
+    assert capsys.readouterr().out == "https://hub/me/edits\n" and waited == [0, 1]
     with pytest.raises(ValueError, match="objective.kind=vae is no model"):
         publish.check_push("me/edits", Config(objective=Objective(kind="vae")))
     *_, trained, validation = lines(finished)
