@@ -67,6 +67,8 @@ class Objective:
     kind: str = "edit"
     drop_rate: float = 0.05  # edit: text only, both and image only are dropped this often, each;
     # generate: texts are dropped twice as often, as they are in all when editing
+    timestep_shift: float = 1.0  # edit, generate: above 1, noisy timesteps are drawn more often
+    # (Esser et al. 2024 have 3); 1: all alike
     min_snr_gamma: float = 0.0  # edit, generate: bound of a timestep's weight (Hang et al. 2023
     # have 5); 0: all timesteps weigh alike
     offset_noise: float = 0.0  # edit, generate: share of noise that is the same all over a channel
@@ -238,7 +240,11 @@ OFF_AT_0 = (
 RULES = (
     ("1 or more", lambda x: x >= 1, COUNTS),
     ("0 or more", lambda x: x >= 0, OFF_AT_0),
-    ("a number above 0", lambda x: 0 < x < math.inf, "lora.alpha optim.lr optim.eps"),
+    (
+        "a number above 0",
+        lambda x: 0 < x < math.inf,
+        "lora.alpha optim.lr optim.eps objective.timestep_shift",
+    ),
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
@@ -297,8 +303,8 @@ def check(cfg: Config) -> None:
 
 
 DIFFUSION = (
-    "objective.drop_rate objective.min_snr_gamma objective.offset_noise remat log.sample_steps "
-    "model.train_text model.prediction model.zero_terminal_snr"
+    "objective.drop_rate objective.timestep_shift objective.min_snr_gamma objective.offset_noise "
+    "remat log.sample_steps model.train_text model.prediction model.zero_terminal_snr"
 )
 SCRATCH = "model.prediction model.zero_terminal_snr"
 KL = "objective.kl_weight"

@@ -236,6 +236,7 @@ def test_pure_noise_and_other_options(options, tmp_path):
     more = (
         "model.prediction=v_prediction",
         "model.zero_terminal_snr=True",
+        "objective.timestep_shift=3.0",
         "objective.offset_noise=0.1",
         "optim.name=adafactor",
         "optim.clip=1.0",

@@ -34,20 +34,21 @@ def diffusion_loss(
     null_text: Float[Array, "n c"],
     drop_rate: float = 0.05,
     *,
+    timestep_shift: float = 1.0,
     min_snr_gamma: float = 0.0,
     offset_noise: float = 0.0,
 ) -> tuple[Float[Array, ""], Losses]:
-    """Mean squared error of the predicted epsilon (or v) at uniform timesteps (equation 2).
+    """Mean squared error of the predicted epsilon (or v) at random timesteps (equation 2).
 
     z0 is the scaled latent of the target picture; `null_text` is the encoding of the empty string.
-    Each row's key is split once, for noise, timestep and dropout. `min_snr_gamma` weighs timesteps
+    Each row's key is split once, for noise, timestep and dropout. `timestep_shift` draws noisy
+    timesteps more often (`draw_timesteps`; 1: all alike), `min_snr_gamma` weighs timesteps
     (`snr_weights`; 0: all alike), `offset_noise` adds noise that is the same all over a channel
     (`offset`; 0: none). Returns the mean in float32, and the rows behind it, not weighted.
     """
     noise_keys, t_keys, drop_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
     cond = drop_conditioning(drop_keys, cond, null_text, drop_rate)
-    total = len(schedule.alpha_bar)
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, total))(t_keys)
+    t = draw_timesteps(t_keys, len(schedule.alpha_bar), timestep_shift)
     eps = offset(noise_keys, z0.shape[1:], offset_noise)
     noisy, target = q_sample(schedule, z0, eps, t)
     predicted = network(
@@ -56,6 +57,20 @@ def diffusion_loss(
     loss = jnp.mean(jnp.square(predicted.astype(jnp.float32) - target), axis=(1, 2, 3))
     weights = jnp.asarray(snr_weights(schedule, min_snr_gamma), jnp.float32)
     return jnp.mean(weights[t] * loss), Losses(loss, t)
+
+
+def draw_timesteps(keys: Key[Array, "b"], total: int, shift: float) -> Int[Array, "b"]:
+    """Timesteps 0 .. total - 1, uniform if `shift` is 1, else more often noisy ones (if above 1).
+
+    A uniform u becomes shift u / (1 + (shift - 1) u) of all timesteps (Esser et al. 2024, section
+    5.3.2): half of what is drawn lies above shift / (1 + shift). What a text decides in a picture
+    as a whole, like where things are, is learned from noisy timesteps.
+    """
+    if shift == 1:
+        return jax.vmap(lambda key: jax.random.randint(key, (), 0, total))(keys)
+    u = jax.vmap(jax.random.uniform)(keys)
+    share = shift * u / (1 + (shift - 1) * u)
+    return jnp.minimum((share * total).astype(jnp.int32), total - 1)
 
 
 def snr_weights(schedule: Schedule, gamma: float) -> Float[np.ndarray, "T"]:

@@ -14,6 +14,7 @@ from diffusers.training_utils import compute_snr
 from ip2p_jax.diffusion.noise import unit_noise
 from ip2p_jax.diffusion.objective import (
     diffusion_loss,
+    draw_timesteps,
     drop_conditioning,
     offset,
     q_sample,
@@ -173,6 +174,30 @@ def test_timesteps_and_noise_are_distributed_as_they_should():
     counts = np.histogram(t, bins=10, range=(0, 1000))[0]
     assert np.all(np.abs(counts - ROWS / 10) < 4 * np.sqrt(ROWS * 0.09))
     assert abs(np.corrcoef(t, rows.loss)[0, 1]) < 0.03  # noise does not know the timestep
+
+
+def test_timestep_shift():
+    """Timesteps have the distribution P(t < x) = x / (shift - (shift - 1) x), the inverse of Esser
+    et al.'s map (2024, equation 23): within four standard deviations, and not that of another
+    shift. The loss is of these timesteps."""
+
+    def below(shift: float, x: float) -> float:
+        return x / (shift - (shift - 1) * x)
+
+    for shift in (0.5, 1.0, 3.0):
+        t = np.asarray(draw_timesteps(keys(ROWS), 1000, shift))
+        assert t.dtype == np.int32 and t.min() >= 0 and t.max() <= 999
+        for x in (0.1, 0.25, 0.5, 0.75, 0.9):
+            share, found = below(shift, x), (t < 1000 * x).mean()
+            assert abs(found - share) < 4 * np.sqrt(share * (1 - share) / ROWS)
+            wrong = below(shift * 1.3, x)
+            assert abs(found - wrong) > 4 * np.sqrt(wrong * (1 - wrong) / ROWS)
+    z0, cond = example(8)
+    _, rows = diffusion_loss(
+        lambda x, t, text: x[..., :4], V, keys(8), z0, cond, NULL, timestep_shift=3.0
+    )
+    t_keys = jax.vmap(lambda key: jax.random.split(key, 3)[1])(keys(8))
+    np.testing.assert_array_equal(rows.t, draw_timesteps(t_keys, 1000, 3.0))
 
 
 def test_noise_timestep_and_dropout_have_keys_of_their_own():

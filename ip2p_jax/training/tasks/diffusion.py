@@ -92,6 +92,7 @@ def score_of(
             cond,
             null_text,
             objective.drop_rate,
+            timestep_shift=objective.timestep_shift,
             min_snr_gamma=objective.min_snr_gamma,
             offset_noise=objective.offset_noise,
         )
