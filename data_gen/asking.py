@@ -21,7 +21,8 @@ TRIES = 8
 """Failures of one request in a row, not counting those that came too fast, until it is left."""
 
 REFUSALS = 8
-"""Requests that a server refuses before it answers any: then it is the command that is wrong."""
+"""Requests that a server refuses before it answers any: then it is the command that is wrong, or
+the server."""
 
 
 class Left(Exception):
@@ -42,8 +43,9 @@ class Asker:
     """Asks; what it is told goes to `answers` and `standing` at once.
 
     first: seconds to wait after a first failure.
-    told: is called with whatever `Standing.take` returns. answered: whether the server has ever
-    answered. heard: when it last did. refusals: those that are not believed yet.
+    told: is called with whatever `Standing.take` returns. answered: whether the server has
+    answered this process. heard: when one last did. doubted: how often it has refused until
+    then. refusals: those that are not believed yet.
     """
 
     question: Question
@@ -56,6 +58,7 @@ class Asker:
     told: Callable[[Taken], None] = lambda taken: None
     answered: bool = False
     heard: float = field(default_factory=time.monotonic)
+    doubted: int = 0
     refusals: list[Event] = field(default_factory=list)
 
     async def close(self) -> None:
@@ -70,8 +73,14 @@ class Asker:
         if (taken := self.standing.take(event, begin)) is not None:
             self.told(taken)
 
-    async def patiently(self, request: Callable[[], Awaitable[T]], pace: Pace) -> T:
-        """Repeats a request until it is answered. Raises Refused, Left, ServerError."""
+    async def patiently(
+        self, request: Callable[[], Awaitable[T]], pace: Pace, server: Server | None = None
+    ) -> T:
+        """Repeats a request to a server (None: the one that is asked) until it is answered.
+
+        Raises Refused, Left, ServerError.
+        """
+        name = (server or self.server).name
         failures, counted, since = 0, 0, time.monotonic()
         while True:
             went = since
@@ -86,7 +95,7 @@ class Asker:
                     pace.busy(went, fault.wait)
                 failures, counted = failures + 1, counted + (not fault.limited)
                 if counted > TRIES and self.heard < since:
-                    raise ServerError(f"{self.server.name} does not answer ({fault})") from None
+                    raise ServerError(f"{name} does not answer ({fault})") from None
                 if counted > TRIES:
                     raise Left from None
                 if fault.limited:
@@ -99,7 +108,9 @@ class Asker:
         assert moderation is not None
         try:
             flagged = await self.patiently(
-                lambda: moderation.server.moderate(moderation.model, texts), moderation.pace
+                lambda: moderation.server.moderate(moderation.model, texts),
+                moderation.pace,
+                moderation.server,
             )
         except (Refused, ValueError) as error:
             hint = "--moderation off goes without it, --moderation-url asks another server"
@@ -126,16 +137,23 @@ class Asker:
     def now_answered(self) -> None:
         """A server that answers may be believed when it refuses."""
         self.answered = True
-        for event in self.refusals:
-            self.write(event)
-        self.refusals.clear()
+        self.believe()
+
+    def believe(self) -> None:
+        """Writes refusals down, if the run has answers: a server that now refuses all is found out
+        before they are many."""
+        if self.refusals and self.standing.attempts.any():
+            for event in self.refusals:
+                self.write(event)
+            self.refusals.clear()
 
     def refused(self, event: Event) -> None:
         """Writes a refusal down, if the server answers others. ValueError if it does not."""
         self.refusals.append(event)
+        self.doubted += not self.answered
         if self.answered:
-            self.now_answered()
-        elif len(self.refusals) >= REFUSALS:
+            self.believe()
+        elif self.doubted >= REFUSALS:
             raise ValueError(f"{self.server.name} refuses every request: {event['refused']}")
 
     async def check(self, places: Sequence[int]) -> None:
@@ -191,5 +209,6 @@ async def ask_all(asker: Asker, captions: Iterator[tuple[int, str, str]], at_onc
                 group.create_task(work())
     except* (ServerError, StorageError, ValueError) as errors:
         raise errors.exceptions[0] from None
+    asker.believe()
     if asker.refusals:
         raise ValueError(f"{asker.server.name} refuses: {asker.refusals[0]['refused']}")

@@ -9,10 +9,11 @@ import asyncio
 import itertools
 import json
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,15 @@ MODERATED = 1024
 
 QUEUE_FULL = "token_limit_exceeded"
 ENDED = ("completed", "expired", "cancelled", "failed")
+
+
+class Output(NamedTuple):
+    """What a line of a batch's output says: of which caption and attempt, a status and a body."""
+
+    key: int
+    attempt: int
+    status: int | None
+    body: Any
 
 
 @dataclass
@@ -191,6 +201,7 @@ class BatchRun:
         for file in (values.get("output_file_id"), values.get("error_file_id")):
             if file:
                 answered += await self.collect(file, texts)
+        asker.believe()
         asker.write({"batch": name, "ended": status})
         asker.answers.sync()
         self.consider(id, answered, (values.get("errors") or {}).get("data") or [])
@@ -199,38 +210,44 @@ class BatchRun:
     async def collect(self, file: str, texts: dict[int, tuple[int, str, str]]) -> int:
         """Writes down what a file of a batch says of captions; returns how many were answered.
 
-        What was written down before the process was killed is passed over.
+        What was written down before the process was killed is passed over. Lines that are not what
+        the API says are no answers, and are told of on stderr.
         """
-        asker, answered = self.asker, 0
+        asker, answered, broken = self.asker, 0, []
         with self.temporary() as content:
             await asker.patiently(lambda: asker.server.download(file, content), asker.pace)
             content.seek(0)
             for number, line in enumerate(content, 1):
-                answered += self.take(line, texts)
+                if (output := read_output(line)) is None:
+                    broken.append(number)
+                else:
+                    answered += self.take(output, texts)
                 if number % MODERATED == 0:
                     await self.check_waiting()
         await self.check_waiting()
+        if broken:
+            print(
+                f"{file}: {len(broken)} lines are no answers of a batch, the first is line "
+                f"{broken[0]}; what they should answer is asked again",
+                file=sys.stderr,
+            )
         return answered
 
-    def take(self, line: bytes, texts: dict[int, tuple[int, str, str]]) -> bool:
+    def take(self, output: Output, texts: dict[int, tuple[int, str, str]]) -> bool:
         """Takes a line of output; says whether it is an answer. What failed is asked again."""
-        result = json.loads(line)
-        key, attempt = result["custom_id"].split("-")
-        at, caption, url = texts.get(int(key, 16), (-1, "", ""))
-        response = result.get("response") or {}
-        status = response.get("status_code")
-        new = at >= 0 and int(attempt) > self.asker.standing.attempts[at]
-        if new and status in (400, 413, 422):
-            text = json.dumps(response.get("body"), ensure_ascii=False)
-            self.asker.refused({"caption": caption, "attempt": int(attempt), "refused": text})
-        if status != 200:
+        at, caption, url = texts.get(output.key, (-1, "", ""))
+        new = at >= 0 and output.attempt == self.asker.standing.attempts[at] + 1
+        if new and output.status in (400, 413, 422):
+            text = json.dumps(output.body, ensure_ascii=False)
+            self.asker.refused({"caption": caption, "attempt": output.attempt, "refused": text})
+        if output.status != 200:
             return False
         try:
-            answer = said(response["body"])
+            answer = said(output.body)
         except Fault:
             return False
         if new:
-            self.asker.write(answer_event(caption, url, int(attempt), answer))
+            self.asker.write(answer_event(caption, url, output.attempt, answer))
             self.asker.now_answered()
         return True
 
@@ -246,3 +263,15 @@ class BatchRun:
             if self.failures >= FAILURES:
                 said = "; ".join(str(error.get("message")) for error in errors[:3])
                 raise ServerError(f"{self.failures} batches came to nothing, at last {id}: {said}")
+
+
+def read_output(line: bytes) -> Output | None:
+    """Reads a line of a batch's output; None if it is not what the API says."""
+    try:
+        result = json.loads(line)
+        key, attempt = result["custom_id"].split("-")
+        response = result.get("response") or {}
+        status, body = response.get("status_code"), response.get("body")
+        return Output(int(key, 16), int(attempt), status, body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None

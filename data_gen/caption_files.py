@@ -24,6 +24,9 @@ KINDS = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 LONGEST_FIELD = 1 << 20
 """Characters of a field of a CSV file: a quotation mark that is never closed ends there."""
 
+HEAD = 1000
+"""Lines of a JSON file that say what it holds: each may leave out what it has not."""
+
 Row = tuple[Any, Any] | None
 """What the columns of a row hold, the caption's and the url's; None for a row that is broken."""
 
@@ -110,17 +113,21 @@ def text_rows(path: Path, columns: Columns) -> Iterator[Row]:
 
 
 def json_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of JSON lines; the url of each is under the first of the usual names that it has."""
     with open_text(path) as lines:
         parsed = (json_row(line) for line in lines if line.strip())
-        first = next(parsed, None)
-        if first is None:
+        head = list(itertools.islice(parsed, HEAD))
+        whole = [values for values in head if values is not None]
+        if not whole:
             raise ValueError(f"{path}: expected JSON lines, one object each")
-        caption, url = choose(path, list(first), columns)
-        for values in itertools.chain([first], parsed):
+        caption, _ = choose(path, list(dict.fromkeys(itertools.chain(*whole))), columns)
+        urls = (columns.url,) if columns.url else URLS
+        for values in itertools.chain(head, parsed):
             if values is None:
                 yield None
             else:
-                yield values.get(caption), values.get(url) if url else None
+                url = next((name for name in urls if name in values), None)
+                yield values.get(caption), values[url] if url else None
 
 
 def json_row(line: str) -> dict[str, Any] | None:

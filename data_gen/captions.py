@@ -46,7 +46,7 @@ from data_gen.caption_shuffle import (
 )
 from data_gen.caption_text import Bounds
 from ip2p_jax.cli import Parser, alone, atomic_path, one_line_errors
-from ip2p_jax.storage import open_folder
+from ip2p_jax.storage import SETTINGS, open_folder
 
 REPORT = "captions.json"
 
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add, bounds = p.add_argument, Bounds()
     add("--input", nargs="+", required=True, help="files, folders, or hub data sets (owner/name)")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the captions")
+    add("--output", required=True, metavar="DIR", help="folder of the captions")
     add("--files", default="*.parquet", help="which files of a folder or data set (%(default)s)")
     add("--revision", help="branch, tag or commit of a hub data set")
     add("--column", help="column of the captions (default: TEXT, text, caption, ...)")
@@ -76,9 +76,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError that names an option and what was expected."""
+    """Raises ValueError that names an option and what was expected; --output becomes a Path."""
     lengths = 1 <= args.min_length <= args.max_length
     wanted = {
+        "--output": ("://" not in args.output, args.output, "a local folder"),
         "--count": (args.count is None or args.count >= 1, args.count, "at least 1"),
         "--seed": (0 <= args.seed < 2**32, args.seed, "0 to 2^32 - 1"),
         "--partitions": (1 <= args.partitions <= 512, args.partitions, "1 to 512"),
@@ -88,6 +89,7 @@ def check(args: argparse.Namespace) -> None:
     for name, (right, value, expected) in wanted.items():
         if not right:
             raise ValueError(f"{name} {value}: expected {expected}")
+    args.output = Path(args.output)
 
 
 def settings_of(args: argparse.Namespace, files: Sequence[Path]) -> dict[str, Any]:
@@ -104,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check(args)
     files = find_files(args.input, args.files, args.revision)
+    if not (args.output / REPORT).exists():
+        check_files(args, files)
     open_folder(str(args.output), settings_of(args, files), "captions")
     with alone(args.output):
         if not (args.output / REPORT).exists():
@@ -113,9 +117,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def columns_of(args: argparse.Namespace) -> Columns:
+    """The columns that are asked for."""
+    return Columns(args.column, args.url_column, not args.no_header)
+
+
+def check_files(args: argparse.Namespace, files: Sequence[Path]) -> None:
+    """Raises ValueError for a file that cannot be read or lacks a column, before its folder is
+    begun: so the command may be given anew with another column."""
+    for file in files:
+        next(rows(file, columns_of(args)), None)
+
+
 def make(args: argparse.Namespace, files: Sequence[Path]) -> None:
     """Writes what the folder lacks, under a line that says how far it is."""
-    columns = Columns(args.column, args.url_column, not args.no_header)
+    columns = columns_of(args)
     bounds = Bounds(args.min_length, args.max_length, args.min_letters)
     work, seed = args.output / ".work", args.seed
     layout = TextColumn("{task.description}"), TimeElapsedColumn()
@@ -146,7 +162,8 @@ def make(args: argparse.Namespace, files: Sequence[Path]) -> None:
 
 
 def write(args: argparse.Namespace, read: Progress, once: Progress) -> None:
-    """Writes the captions in their order, and the report. ValueError if there is none."""
+    """Writes the captions in their order, and the report. ValueError if there is none: then the
+    folder is left empty, for other settings."""
     names = [f"captions-{i:05d}-of-{args.partitions:05d}.jsonl" for i in range(args.partitions)]
     distinct = written = 0
     last = Progress()
@@ -163,6 +180,8 @@ def write(args: argparse.Namespace, read: Progress, once: Progress) -> None:
                 written += 1
         left_out = read.left_out | once.left_out | last.left_out
         if not written:
+            shutil.rmtree(args.output / ".work")
+            (args.output / SETTINGS).unlink()
             raise ValueError(f"{', '.join(args.input)}: no caption is left ({left_out})")
     report = {
         "read": read.kept + sum(read.left_out.values()),

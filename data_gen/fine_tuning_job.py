@@ -17,7 +17,7 @@ import openai
 
 from data_gen.asking import ServerError
 from data_gen.pace import back_off
-from data_gen.server import FILE_TIMEOUT, Fault, Refused, Server
+from data_gen.server import FILE_TIMEOUT, Fault, Refused, Server, with_keys
 from ip2p_jax.cli import atomic_path
 
 T = TypeVar("T")
@@ -98,17 +98,18 @@ class Job:
         """The id of the server's file of this name, which is uploaded if there is none."""
         files = self.server.client.files.with_raw_response
         size = path.stat().st_size
-        for file in await self.listed(files.list, purpose="fine-tune"):
-            if file["filename"] == name and file["bytes"] == size:
+        async for file in self.server.listed(files.list, purpose="fine-tune"):
+            if file.get("filename") == name and file.get("bytes") == size:
                 return file["id"]
         create = files.create(file=(name, path.read_bytes()), purpose="fine-tune")
-        return (await self.server.called(create, FILE_TIMEOUT))["id"]
+        return (await self.server.called(create, "id", timeout=FILE_TIMEOUT))["id"]
 
     async def created(self, record: Mapping[str, Any]) -> str:
         """The id of the server's job for the uploaded file, which is created if there is none."""
         jobs, order = self.server.client.fine_tuning.jobs.with_raw_response, self.order
-        for job in await self.listed(jobs.list):
-            if job["training_file"] == record["training_file"] and job["status"] not in FAILED:
+        async for job in self.server.listed(jobs.list):
+            same = job.get("training_file") == record["training_file"]
+            if same and job.get("status") not in FAILED:
                 return job["id"]
         create = jobs.create(
             model=order.model,
@@ -120,28 +121,17 @@ class Job:
                 "supervised": {"hyperparameters": {"n_epochs": order.epochs}},
             },
         )
-        return (await self.server.called(create))["id"]
-
-    async def listed(self, page: Callable[..., Awaitable[Any]], **asked: Any) -> list[dict]:
-        """All that a list of the server holds."""
-        found, after = [], openai.omit
-        while True:
-            values = await self.server.called(page(limit=100, after=after, **asked))
-            found += values["data"]
-            if not values.get("has_more"):
-                return found
-            after = values["data"][-1]["id"]
+        return (await self.server.called(create, "id"))["id"]
 
     async def follow(self, record: dict[str, Any], poll: float) -> None:
         """Waits for the end of the job and writes down what it ended as."""
         jobs, id = self.server.client.fine_tuning.jobs.with_raw_response, record["job"]
         seen: set[str] = set()
         while True:
-            job = await self.patiently(lambda: self.server.called(jobs.retrieve(id)))
-            events = await self.patiently(
-                lambda: self.server.called(jobs.list_events(id, limit=100))
+            job = await self.patiently(
+                lambda: self.server.called(jobs.retrieve(id), "id", "status")
             )
-            self.tell(job, events["data"], seen)
+            self.tell(job, await self.patiently(lambda: self.events(id)), seen)
             if job["status"] in (*FAILED, "succeeded"):
                 record |= {"status": job["status"], "model": job.get("fine_tuned_model")}
                 record["trained_tokens"] = job.get("trained_tokens")
@@ -149,6 +139,12 @@ class Job:
                 write_record(self.kept, record)
                 return
             await asyncio.sleep(poll)
+
+    async def events(self, id: str) -> list[dict[str, Any]]:
+        """The latest events of the job, the newest first."""
+        list_events = self.server.client.fine_tuning.jobs.with_raw_response.list_events
+        values = await self.server.called(list_events(id, limit=100), "data")
+        return [with_keys(event, "id", "message") for event in values["data"]]
 
     def tell(self, job: Mapping[str, Any], events: list[dict[str, Any]], seen: set[str]) -> None:
         """Tells events that are new, the oldest first, and where the job is."""

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_gen.prompt import answer, messages
+from data_gen.server_url import check_url
 from data_gen.triplet_checks import check
 from data_gen.triplet_file import Triplet, to_old_line
 from data_gen.triplet_filter import Limits
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--triplets", type=Path, nargs="+", required=True, metavar="FILE.jsonl")
     add("--validation", type=Path, metavar="FILE.jsonl", help="triplets to measure progress on")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of what is written")
+    add("--output", required=True, metavar="DIR", help="folder of what is written")
     add("--epochs", type=int, default=1, help="how often each is shown (%(default)s)")
     add("--price", type=float, metavar="USD", help="of a million training tokens")
     add("--submit", action="store_true", help="upload, start the job and follow it")
@@ -66,17 +67,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError that names an option and what was expected."""
+    """Raises ValueError that names an option and what was expected; --output becomes a Path."""
     wanted = {
         "--epochs": (1 <= args.epochs <= 50, args.epochs, "1 to 50"),
         "--price": (args.price is None or args.price >= 0, args.price, "at least 0"),
         "--poll": (args.poll > 0, args.poll, "more than 0"),
         "--model": (bool(args.model) >= args.submit, args.model, "a name, to --submit"),
+        "--output": ("://" not in args.output, args.output, "a local folder"),
         "--suffix": (len(args.suffix) <= 64, args.suffix, "at most 64 characters"),
     }
     for name, (right, value, expected) in wanted.items():
         if not right:
             raise ValueError(f"{name} {value}: expected {expected}")
+    check_url("--base-url", args.base_url)
+    args.output = Path(args.output)
 
 
 @one_line_errors

@@ -11,13 +11,15 @@ import email.utils
 import json
 import os
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
 import aiohttp
 import httpx2
 import openai
+
+from data_gen.server_url import check_url
 
 MINUTE = 60.0  # seconds
 FILE_TIMEOUT = 60 * MINUTE
@@ -82,21 +84,25 @@ class Server:
         )
         return said(await self.called(request))
 
-    async def moderate(self, model: str, texts: Iterable[str]) -> list[list[str]]:
+    async def moderate(self, model: str, texts: Sequence[str]) -> list[list[str]]:
         """The categories in which each text is flagged; none for a text that is not."""
         values = await self.called(
-            self.client.moderations.with_raw_response.create(model=model, input=list(texts))
+            self.client.moderations.with_raw_response.create(model=model, input=list(texts)),
+            "results",
         )
         try:
-            return [flags(result) for result in values["results"]]
+            found = [flags(result) for result in values["results"]]
         except (KeyError, TypeError, AttributeError):
             raise Fault("moderation that is not what the API says") from None
+        if len(found) != len(texts):
+            raise Fault(f"moderation of {len(found)} texts, asked were {len(texts)}")
+        return found
 
     async def upload(self, file: IO[bytes], name: str) -> str:
         """Uploads the requests of a batch; returns the file's id."""
         file.seek(0)
         create = self.client.files.with_raw_response.create(file=(name, file), purpose="batch")
-        return (await self.called(create, FILE_TIMEOUT))["id"]
+        return (await self.called(create, "id", timeout=FILE_TIMEOUT))["id"]
 
     async def create_batch(self, file: str, name: str) -> str:
         """Starts a batch of an uploaded file; returns its id."""
@@ -106,27 +112,34 @@ class Server:
                 endpoint="/v1/chat/completions",
                 completion_window="24h",
                 metadata={"ip2p_jax": name},
-            )
+            ),
+            "id",
         )
         return values["id"]
 
     async def find_batch(self, name: str) -> str | None:
         """The id of the batch that was created under a name, or None if the server has none."""
+        async for batch in self.listed(self.client.batches.with_raw_response.list):
+            if (batch.get("metadata") or {}).get("ip2p_jax") == name:
+                return batch["id"]
+        return None
+
+    async def listed(
+        self, page: Callable[..., Awaitable[Any]], **asked: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """All that a list of the server holds, asked for page by page; each has an id."""
         after = openai.omit
         while True:
-            page = await self.called(
-                self.client.batches.with_raw_response.list(limit=100, after=after)
-            )
-            for batch in page["data"]:
-                if (batch.get("metadata") or {}).get("ip2p_jax") == name:
-                    return batch["id"]
-            if not page.get("has_more"):
-                return None
-            after = page["data"][-1]["id"]
+            values = await self.called(page(limit=100, after=after, **asked), "data")
+            for item in values["data"]:
+                after = with_keys(item, "id")["id"]
+                yield item
+            if not values["data"] or not values.get("has_more"):
+                return
 
     async def batch(self, id: str) -> dict[str, Any]:
         """What the server says of a batch now."""
-        return await self.called(self.client.batches.with_raw_response.retrieve(id))
+        return await self.called(self.client.batches.with_raw_response.retrieve(id), "status")
 
     async def download(self, file: str, into: IO[bytes]) -> None:
         """Writes a file of the server into an empty one, from its beginning."""
@@ -140,8 +153,11 @@ class Server:
                 async for block in response.iter_bytes():
                     into.write(block)
 
-    async def called(self, request: Awaitable[Any], timeout: float | None = None) -> Any:
-        """The JSON object of an answer that comes within `timeout` seconds (None: the usual).
+    async def called(
+        self, request: Awaitable[Any], *wanted: str, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """The JSON object of an answer that comes within `timeout` seconds (None: the usual), with
+        all keys that are wanted.
 
         Raises Fault, Refused, or ValueError where no request will do.
         """
@@ -153,9 +169,7 @@ class Server:
             values = json.loads(response.content)
         except (ValueError, RecursionError):
             values = None
-        if not isinstance(values, dict):
-            raise Fault("an answer that is not a JSON object")
-        return values
+        return with_keys(values, *wanted)
 
     @contextmanager
     def meanings(self, seconds: float) -> Iterator[None]:
@@ -183,12 +197,22 @@ class Server:
 
 def server_at(url: str | None, name: str, timeout: float) -> Server:
     """A server (None: what OPENAI_BASE_URL says, or OpenAI's) with the key that the environment
-    has under a name; OpenAI's needs one, others may not."""
-    url = url or os.environ.get("OPENAI_BASE_URL") or None
+    has under a name; OpenAI's needs one, others may not. ValueError says what is wrong."""
+    if url is None and (url := os.environ.get("OPENAI_BASE_URL") or None):
+        check_url("OPENAI_BASE_URL", url)
     key = os.environ.get(name)
     if not key and url is None:
         raise ValueError(f"{name} is not set, and OpenAI's server wants a key")
     return Server(url, key or "none", timeout)
+
+
+def with_keys(values: Any, *wanted: str) -> dict[str, Any]:
+    """What a server said, if that is a JSON object that holds what is wanted; Fault if not."""
+    if not isinstance(values, dict):
+        raise Fault("an answer that is not a JSON object")
+    if missing := [name for name in wanted if values.get(name) is None]:
+        raise Fault(f"an answer without {missing[0]!r}")
+    return values
 
 
 def said(values: Mapping[str, Any]) -> Said:
@@ -197,7 +221,7 @@ def said(values: Mapping[str, Any]) -> Said:
         choice = values["choices"][0]
         message, usage = choice["message"], values.get("usage") or {}
         text, finish = message.get("content"), choice.get("finish_reason")
-        tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Fault("an answer that is no chat completion") from None
     if not isinstance(text, str):  # a refusal, as a rule

@@ -96,6 +96,7 @@ class Standing:
         if self.state[at] == SETTLED or event["attempt"] <= self.attempts[at]:
             return None  # said twice
         self.attempts[at] = event["attempt"]
+        self.unjudged.pop(at, None)  # an earlier one, rejected when this one was asked for
         if "refused" in event:
             self.state[at] = SETTLED
             return at, event, Judgement("", "", "refused")

@@ -67,7 +67,7 @@ class Tally:
         _, event, judgement = taken
         self.reasons[judgement.reason] += 1
         for kind, tokens in enumerate(event.get("tokens", ())):
-            self.tokens[kind] += tokens
+            self.tokens[kind] += tokens or 0  # null, where a server does not count
         if judgement.reason != ACCEPTED:
             said = event.get("answer", event.get("refused", ""))
             categories = ", ".join(event.get("flagged", ()))

@@ -93,5 +93,4 @@ def asker_of(
         answers=answers,
         standing=standing,
         first=args.backoff,
-        answered=bool(standing.attempts.any()),
     )

@@ -24,7 +24,6 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -33,12 +32,13 @@ from data_gen.caption_index import CaptionIndex
 from data_gen.event_log import EventLog
 from data_gen.pace import ServerError
 from data_gen.prompt import SAMPLING, SYSTEM, Question
+from data_gen.server_url import check_url
 from data_gen.standing import Standing, counts
 from data_gen.triplet_file import read_triplets
 from data_gen.triplet_filter import Limits
 from data_gen.triplet_report import Tally
 from ip2p_jax.cli import Parser, one_line_errors
-from ip2p_jax.storage import StorageError, open_folder
+from ip2p_jax.storage import SETTINGS, StorageError, open_folder
 
 EXAMPLES = Path(__file__).with_name("examples.jsonl")
 SIMILAR = "similarity, 0 to 1, to an earlier triplet from which on one is left out"
@@ -93,8 +93,6 @@ def check(args: argparse.Namespace) -> None:
         "--edit-length": (1 <= args.edit_length[0] <= args.edit_length[1], "1 <= MIN <= MAX"),
         "--output-length": (1 <= args.output_length[0] <= args.output_length[1], "1 <= MIN <= MAX"),
         "--near-duplicates": (0 < args.near_duplicates <= 1, "above 0, to 1"),
-        "--base-url": (is_plain_url(args.base_url), "http(s)://host/path without a key in it"),
-        "--moderation-url": (is_plain_url(args.moderation_url), "the same"),
     }
     for name, (right, expected) in wanted.items():
         if not right:
@@ -102,15 +100,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{name} {'is missing' if value is None else value}: expected {expected}"
             )
-
-
-def is_plain_url(url: str | None) -> bool:
-    """Whether a server's address is one, and holds no user, password or query."""
-    if url is None:
-        return True
-    parts = urlsplit(url)
-    plain = parts.scheme in ("http", "https") and bool(parts.hostname)
-    return plain and "@" not in parts.netloc and not parts.query
+    check_url("--base-url", args.base_url)
+    check_url("--moderation-url", args.moderation_url)
 
 
 def caption_files(paths: Sequence[str]) -> list[Path]:
@@ -184,7 +175,7 @@ def make(args: argparse.Namespace, console: Console) -> int:
     settings = settings_of(args, question)
     with console.status("reading captions"):
         index = CaptionIndex.open(caption_files(args.captions))
-    folder = Path(open_folder(args.output, settings, "triplets"))
+    folder = run_folder(args.output, settings)
     limits = Limits(tuple(args.edit_length), tuple(args.output_length))
     standing, tally = Standing(index, limits, args.moderation != OFF), Tally()
     with closing(EventLog(folder / "answers.jsonl")) as answers:
@@ -198,6 +189,35 @@ def make(args: argparse.Namespace, console: Console) -> int:
             kept = triplet_set.write_set(folder, answers, standing, tally, args.near_duplicates)
     triplet_set.write_report(folder, standing, tally, settings)
     return say(standing, kept, folder)
+
+
+def run_folder(output: str, settings: dict[str, Any]) -> Path:
+    """Opens the folder of a run. One in which nothing was answered, as where the model's name was
+    wrong, begins anew with other settings. ValueError if the folder is another run's."""
+    try:
+        return Path(open_folder(output, settings, "triplets"))
+    except ValueError:
+        if not forgotten(Path(output)):
+            raise
+    return Path(open_folder(output, settings, "triplets"))
+
+
+def forgotten(folder: Path) -> bool:
+    """Removes what a run has written if nothing was answered and no batch waits; says whether."""
+    file, waiting = folder / "answers.jsonl", set()
+    if not file.exists():
+        return False
+    with closing(EventLog(file)) as answers:
+        for _, event in answers.events():
+            if "answer" in event or "refused" in event:
+                return False
+            if "batch" in event:
+                (waiting.discard if "ended" in event else waiting.add)(event["batch"])
+        if waiting:
+            return False
+        file.unlink()
+        (folder / SETTINGS).unlink()
+    return True
 
 
 def refuse(args: argparse.Namespace, standing: Standing, folder: Path) -> None:

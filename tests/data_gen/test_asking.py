@@ -21,6 +21,7 @@ from data_gen.triplet_filter import Limits
 from tests.data_gen.triplet_cases import captions, lines, write_captions
 from tests.openai_server import KEY, serve
 
+LIMITS = Limits()
 GOOD = Said('{"edit": "make it winter", "output": "snow"}', "stop", (1, 1))
 
 
@@ -50,11 +51,13 @@ def asker(tmp_path):
     """Makes an asker about some captions, which waits no longer than it has to."""
     logs = []
 
-    def make(server, count: int = 1, moderated: bool = False, pace: int = 4) -> Asker:
+    def make(
+        server, count: int = 1, moderated: bool = False, pace: int = 4, limits: Limits = LIMITS
+    ) -> Asker:
         while logs:
             logs.pop().close()
         path = write_captions(tmp_path / "captions.jsonl", captions(count))
-        standing = Standing(CaptionIndex.open([path]), Limits(), moderated, run="run")
+        standing = Standing(CaptionIndex.open([path]), limits, moderated, run="run")
         logs.append(EventLog(tmp_path / "answers.jsonl"))
         moderation = Moderation(server, "m", Pace(4)) if moderated else None
         question = Question("m", SAMPLING)
@@ -65,9 +68,12 @@ def asker(tmp_path):
         log.close()
 
 
+async def settled(asker: Asker, at_once: int = 4) -> None:
+    await ask_all(asker, asker.standing.index.read(asker.standing.state == OPEN), at_once)
+
+
 def run(asker: Asker, at_once: int = 4) -> Asker:
-    wanted = asker.standing.state == OPEN
-    asyncio.run(ask_all(asker, asker.standing.index.read(wanted), at_once))
+    asyncio.run(settled(asker, at_once))
     return asker
 
 
@@ -132,6 +138,38 @@ def test_a_server_that_refuses_everything_ends_the_run(asker, count):
     assert lines(made.answers.path.parent) == []
 
 
+@pytest.mark.parametrize("count", [REFUSALS - 1, REFUSALS + 5])
+def test_refusals_after_a_new_start_are_believed_of_a_few_captions_only(asker, count):
+    """The server may be another one now, and refuse whatever it is asked; a few that are left may
+    be those that any server refuses."""
+    answered = asker(Scripted([]), 1)
+    run(answered)
+    made = asker(Scripted([Refused("400, no such field")] * 99), 1 + count)
+    assert len(list(made.standing.replay(made.answers))) == 1
+    if count < REFUSALS:
+        run(made)
+        assert (made.standing.state == SETTLED).all()
+    else:
+        with pytest.raises(ValueError, match="the server refuses every request: 400"):
+            run(made)
+    assert len(lines(made.answers.path.parent)) == 1 + count * (count < REFUSALS)
+
+
+def test_who_does_not_answer_is_named(asker, monkeypatch):
+    """The server for moderation may be another one."""
+    monkeypatch.setattr(asking, "TRIES", 2)
+
+    class Silent(Scripted):
+        async def moderate(self, model, texts):
+            raise Fault("500")
+
+    made, silent = asker(Scripted([]), moderated=True), Silent([])
+    silent.name = "the moderator"
+    made.moderation = Moderation(silent, "m", Pace(4))
+    with pytest.raises(ServerError, match="^the moderator does not answer"):
+        run(made)
+
+
 def test_moderation_of_caption_and_answer(asker):
     texts = captions(3)
     server = Scripted([], flagged=(texts[1], "snow"))
@@ -156,6 +194,28 @@ def test_an_answer_that_was_not_moderated_is_not_asked_for_again(asker):
     assert list(second.standing.replay(second.answers)) == []
     run(second)
     assert server.asked == [] and (second.standing.accepted >= 0).all()
+
+
+def test_limits_may_be_loosened_in_a_moderated_run(asker):
+    """An answer that was too long once, and is not now, is not moderated when another was asked
+    for since: that one counts."""
+    bad = Said("no", "stop", (1, 1))
+
+    class Stopping(Scripted):
+        async def chat(self, body, once):
+            if not self.script:
+                raise Left
+            return await super().chat(body, once)
+
+    strict = asker(Stopping([GOOD, bad]), moderated=True, limits=Limits(output=(5, 500)))
+    run(strict)
+    assert strict.standing.attempts.tolist() == [2] and strict.standing.state.tolist() == [OPEN]
+    loose = asker(Scripted([]), moderated=True)
+    assert [taken[2].reason for taken in loose.standing.replay(loose.answers)] == ["not_json"]
+    assert not loose.standing.unjudged
+    run(loose)
+    assert [line.get("attempt") for line in lines(loose.answers.path.parent)] == [1, 2, 3, 3]
+    assert (loose.standing.accepted >= 0).all()
 
 
 def test_a_limit_on_requests_a_second_is_found_and_kept_to(tmp_path, asker):

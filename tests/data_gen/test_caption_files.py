@@ -77,10 +77,22 @@ def test_broken_rows(tmp_path):
     assert list(rows(table, Columns())) == [("a cat", "u"), None, None, ("a dog", "v"), None]
     objects = tmp_path / "a.jsonl"
     objects.write_bytes(b'{"text": "a \xff"}\n{"text": \n[1]\n\n{"url": "u"}\n' + b"[" * 99_999)
-    assert list(rows(objects, Columns())) == [("a \ufffd", None), None, None, (None, None), None]
+    assert list(rows(objects, Columns())) == [("a \ufffd", None), None, None, (None, "u"), None]
     endless = tmp_path / "b.csv"
     endless.write_text('TEXT\na cat\n"' + "x\n" * (1 << 19) + "y\na dog\n")
     assert list(rows(endless, Columns()))[0::2] == [("a cat", None), ("a dog", None)]
+
+
+def test_each_line_of_json_is_read_for_itself(tmp_path):
+    """A line may leave out its url, and the first may be broken, or hold the url alone."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        '{"caption"\n{"url": "t"}\n{"caption": "a cat"}\n{"caption": "a dog", "url": "u"}\n'
+    )
+    got = [None, (None, "t"), ("a cat", None), ("a dog", "u")]
+    assert list(rows(file, Columns())) == got == list(rows(file, Columns("caption", "url")))
+    with pytest.raises(ValueError, match=r"no column where; .* of \['url', 'caption'\]"):
+        list(rows(file, Columns(url="where")))
 
 
 def test_unreadable(tmp_path):

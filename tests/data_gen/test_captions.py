@@ -105,6 +105,7 @@ def test_captions_without_urls(tmp_path):
         (["--min-length=299"], "no caption is left ({'too short': 50})"),
         (["--sample=3"], "unrecognized arguments: --sample=3"),
         (["--input=nowhere.csv"], "nowhere.csv: no such file or folder"),
+        (["--output=gs://bucket/x"], "--output gs://bucket/x: expected a local folder"),
     ],
 )
 def test_wrong_options(tmp_path, capsys, options, message):
@@ -113,6 +114,31 @@ def test_wrong_options(tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out/captions*"))
+
+
+@pytest.mark.parametrize("wrong", ["--column=nothing", "--min-length=299"])
+def test_a_command_that_came_to_nothing_may_be_given_anew(tmp_path, capsys, wrong):
+    """Its settings are not those of the folder: nothing was made by them."""
+    source, out = write_parquet(tmp_path / "a.parquet", 50), tmp_path / "out"
+    assert main([f"--input={source}", f"--output={out}", wrong]) == 2
+    assert main([f"--input={source}", f"--output={out}", "--column=TEXT"]) == 0
+    report = json.loads((out / "captions.json").read_text())
+    assert report["read"] == 50 and report["written"] == len(lines(out)[0]) > 0
+
+
+def test_what_was_written_can_be_read(tmp_path):
+    """Lines without a url leave it out, and those that have one keep it."""
+    source = tmp_path / "a.csv"
+    urls = [f"u{i}" if i % 2 else "" for i in range(8)]
+    source.write_text("TEXT,URL\n" + "".join(f"a cat {i},{url}\n" for i, url in enumerate(urls)))
+    assert main([f"--input={source}", f"--output={tmp_path / 'a'}"]) == 0
+    assert (
+        main(["--input", str(tmp_path / "a"), "--files=c*.jsonl", f"--output={tmp_path / 'b'}"])
+        == 0
+    )
+    expected = {f"a cat {i}": url or None for i, url in enumerate(urls)}
+    for name in "ab":
+        assert {x["caption"]: x.get("url") for x in lines(tmp_path / name)[0]} == expected
 
 
 def test_another_command_in_the_same_folder_is_refused(tmp_path, capsys):

@@ -6,6 +6,7 @@ killed; keys are in no file and no message.
 The server is a real one on 127.0.0.1: see tests/openai_server.py.
 """
 
+import asyncio
 import json
 import random
 import shutil
@@ -15,9 +16,14 @@ import time
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from data_gen import fine_tuning_job, prompt
+from data_gen.fine_tuning_job import Job, Order
 from data_gen.finetune import main, tokens
+from data_gen.pace import ServerError
+from data_gen.server import Server
 from data_gen.triplet_file import read_triplet, read_triplets, to_line
 from ip2p_jax.cli import alone
 from ip2p_jax.weights.hub import ASSETS
@@ -108,6 +114,8 @@ def test_wrong_triplets_are_all_named(run, tmp_path, capsys):
         (["--price=-1"], "--price -1.0: expected at least 0"),
         (["--triplets=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--validation=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--output=gs://bucket/x"], "--output gs://bucket/x: expected a local folder"),
+        (["--base-url=http://x/v1?api_key=SECRET"], "--base-url: expected http(s)://host/path"),
         (["--submit", "--model=m"], "OPENAI_API_KEY is not set"),
     ],
 )
@@ -116,6 +124,7 @@ def test_wrong_options(run, monkeypatch, capsys, options, message):
     assert run(*options) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert "SECRET" not in error
 
 
 def test_submitted(run, tmp_path, capsys):
@@ -177,6 +186,42 @@ def test_servers_that_will_not(run, tmp_path, monkeypatch, capsys):
         gone = submit(server)
     assert run(*gone) == 1
     assert "does not answer" in capsys.readouterr().err
+
+
+REPLIES = {
+    "GET files": {"data": [{"id": "other"}]},
+    "POST files": {"id": "file"},
+    "GET fine_tuning/jobs": {"data": [{"id": "other"}]},
+    "POST fine_tuning/jobs": {"id": "job"},
+    "GET fine_tuning/jobs/job": {"id": "job", "status": "succeeded", "fine_tuned_model": "ft"},
+    "GET fine_tuning/jobs/job/events": {"data": [{"id": "1", "message": "done"}]},
+}
+
+
+@pytest.mark.parametrize("broken", [None, *REPLIES])
+def test_answers_that_lack_what_they_must_hold(tmp_path, monkeypatch, broken):
+    """Are faults of the server, not of the program; entries of a list may lack more."""
+    monkeypatch.setattr(fine_tuning_job, "TRIES", 1)
+    monkeypatch.setattr(fine_tuning_job, "FIRST", 0.01)
+    (tmp_path / "chat.jsonl").write_text("{}\n")
+    order = Order(tmp_path / "chat.jsonl", None, "m", 1, "")
+
+    async def answer(request: web.Request) -> web.Response:
+        asked = f"{request.method} {request.match_info['path']}"
+        return web.json_response({} if asked == broken else REPLIES[asked])
+
+    async def followed():
+        app = web.Application()
+        app.router.add_route("*", "/v1/{path:.*}", answer)
+        async with TestServer(app) as there:
+            server = Server(str(there.make_url("/v1")), KEY, 5.0)
+            return await Job(order, server, tmp_path / "job.json").run(0.01)
+
+    if broken:
+        with pytest.raises(ServerError, match="does not answer .an answer without '"):
+            asyncio.run(followed())
+    else:
+        assert asyncio.run(followed())["model"] == "ft"
 
 
 def test_another_job_in_the_same_folder_is_refused(run, tmp_path, capsys):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: what a server does wrong is told apart: to be asked again, and when; never to be asked
-again; no request will do. An answer is read whatever it says; the key is in no message.
+again; no request will do. An answer is read whatever it says; the key is in no message. Addresses
+that hold a key, or are none, are refused.
 """
 
 import asyncio
 import email.utils
+import io
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,6 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from data_gen.server import Fault, Refused, Said, Server, seconds_to_wait, server_at
+from data_gen.server_url import check_url
 
 KEY = "sk-secret"
 GOOD = {"message": {"content": "hello"}, "finish_reason": "stop"}
@@ -24,14 +27,23 @@ def asked(
     answer: Callable[[web.Request], Awaitable[web.StreamResponse]], timeout: float = 5.0
 ) -> Said:
     """What a chat with a server that answers so comes to."""
+    return done(answer, lambda server: server.chat({"model": "m", "messages": []}, "once"), timeout)
 
-    async def run() -> Said:
+
+def done(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    request: Callable[[Server], Awaitable[Any]],
+    timeout: float = 5.0,
+) -> Any:
+    """What a request to a server that answers so comes to."""
+
+    async def run() -> Any:
         app = web.Application()
-        app.router.add_post("/v1/chat/completions", answer)
+        app.router.add_route("*", "/v1/{path:.*}", answer)
         async with TestServer(app) as there:
             server = Server(str(there.make_url("/v1")), KEY, timeout)
             try:
-                return await server.chat({"model": "m", "messages": []}, "once")
+                return await request(server)
             finally:
                 await server.close()
 
@@ -74,6 +86,44 @@ def test_an_answer():
 )
 def test_odd_answers_are_read(choice, expected):
     assert asked(says({"choices": [choice]})) == expected
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}])
+def test_tokens_that_are_not_counted(usage):
+    assert asked(says({"choices": [GOOD], "usage": usage})) == Said("hello", "stop", (0, 0))
+
+
+@pytest.mark.parametrize(
+    "results", [[], [{"flagged": False}], [{"flagged": False}] * 3, 3, {"a": {}, "b": {}}]
+)
+def test_moderation_of_other_than_what_was_asked_is_asked_again(results):
+    with pytest.raises(Fault, match="moderation"):
+        done(says({"results": results}), lambda server: server.moderate("m", ["a", "b"]))
+
+
+@pytest.mark.parametrize("body", [{}, {"id": None}, {"data": [{}]}, {"data": [3]}, {"data": None}])
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda server: server.upload(io.BytesIO(), "x.jsonl"),
+        lambda server: server.create_batch("file", "x"),
+        lambda server: server.find_batch("x"),
+        lambda server: server.batch("x"),
+    ],
+)
+def test_what_lacks_what_it_must_hold_is_asked_again(request_of, body):
+    with pytest.raises(Fault, match="an answer (without '(id|data|status)'|that is not a JSON)"):
+        done(says(body), request_of)
+
+
+def test_a_batch_is_found_on_a_later_page():
+    async def answer(request: web.Request) -> web.Response:
+        if request.query.get("after") != "a":
+            return web.json_response({"data": [{"id": "a"}], "has_more": True})
+        return web.json_response({"data": [{"id": "b", "metadata": {"ip2p_jax": "x"}}]})
+
+    assert done(answer, lambda server: server.find_batch("x")) == "b"
+    assert done(says({"data": [], "has_more": True}), lambda server: server.find_batch("x")) is None
 
 
 @pytest.mark.parametrize(
@@ -183,3 +233,34 @@ def test_keys_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert server_at(None, "OPENAI_API_KEY", 1.0).key == KEY
     assert server_at("http://127.0.0.1:1/v1", "MODERATION_API_KEY", 1.0).key == "none"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:secret@x/v1",
+        "http://x/v1?api_key=secret",
+        "http://x/v1#secret",
+        "http://x:secret/v1",
+    ]
+    + [
+        "http://[::1/v1",
+        "http://x:99999/v1",
+        "http://x y/v1",
+        "http://x\t/v1",
+        "x:80",
+        "ftp://x",
+        "",
+    ],
+)
+def test_addresses_that_hold_a_key_or_are_none(url, monkeypatch):
+    """Nor are they repeated."""
+    with pytest.raises(ValueError, match="^--base-url: expected http.s.://host/path") as raised:
+        check_url("--base-url", url)
+    assert "secret" not in str(raised.value)
+    if url:
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        with pytest.raises(ValueError, match="^OPENAI_BASE_URL: expected http"):
+            server_at(None, "OPENAI_API_KEY", 1.0)
+    for good in (None, "http://x/v1", "https://[::1]:80/"):
+        check_url("--base-url", good)

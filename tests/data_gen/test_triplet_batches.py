@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims: the Batch API gives the triplets that its good answers imply; batches that fail, expire
-half-done or are too many are made again without what was answered; none is created twice.
+half-done or are too many are made again without what was answered; none is created twice; output
+that is damaged is asked for again.
 """
 
 import asyncio
@@ -9,7 +10,10 @@ import json
 import pytest
 
 from data_gen import batches, triplets
+from data_gen.asking import REFUSALS
+from data_gen.batches import read_output
 from data_gen.server import Fault, Server
+from data_gen.triplet_file import read_triplets
 from tests.data_gen.test_triplets import killed_again_and_again
 from tests.data_gen.triplet_cases import (
     ANSWERS,
@@ -120,6 +124,60 @@ def test_the_requests_are_those_of_the_other_mode(tmp_path):
     rows = [json.loads(line) for line in sent.splitlines()]
     assert [row["body"] for row in rows] == [question.body(text, 1) for text in TEXTS[:4]]
     assert {(row["method"], row["url"]) for row in rows} == {("POST", "/v1/chat/completions")}
+
+
+def test_lines_that_are_no_output_are_told_of_and_the_others_collected(
+    tmp_path, monkeypatch, capsys
+):
+    """What they should answer is asked again."""
+    download, broken = Server.download, []
+
+    async def damaged(self, file, into):
+        await download(self, file, into)
+        into.seek(0)
+        rows = into.read().splitlines(keepends=True)
+        if not broken:
+            broken.append(file)
+            rows[:4] = [
+                b'{"custom_id": "half\n',
+                b'{"id": 1}\n',
+                b"[]\n",
+                b'{"custom_id": "z-1"}\n',
+            ]
+        into.seek(0)
+        into.truncate()
+        into.writelines(rows)
+
+    monkeypatch.setattr(Server, "download", damaged)
+    file, output = write_captions(tmp_path / "captions.jsonl", TEXTS[:20]), tmp_path / "run"
+    with serve(tmp_path) as server:
+        assert triplets.main(batch_options(file, output, server)) == 0
+        assert len(read_triplets(output / "triplets.jsonl")) == 20
+        assert [len(keys) for keys in in_batches(output)] == [20, 4]
+    told = f"{broken[0]}: 4 lines are no answers of a batch, the first is line 1"
+    assert told in capsys.readouterr().err
+
+
+def test_refusals_after_a_new_start_are_few(tmp_path, monkeypatch, capsys):
+    """Batches that a server only refuses cost a run that was begun elsewhere fewer than REFUSALS
+    captions, however small they are; a caption that is refused at last is settled."""
+    file, output = write_captions(tmp_path / "captions.jsonl", TEXTS[:3]), tmp_path / "run"
+    with serve(tmp_path) as server:
+        assert triplets.main(batch_options(file, output, server)) == 0
+        body = {"error": {"message": "no such field"}}
+
+        def refusing(line):
+            read = read_output(line)
+            return read and read._replace(status=400, body=body)
+
+        monkeypatch.setattr(batches, "read_output", refusing)
+        write_captions(file, TEXTS[:4])
+        assert triplets.main(batch_options(file, output, server)) == 0
+        assert sum("refused" in line for line in lines(output)) == 1
+        write_captions(file, TEXTS[:40])
+        assert triplets.main(batch_options(file, output, server, 3)) == 2
+        assert "refuses every request" in capsys.readouterr().err
+        assert 1 < sum("refused" in line for line in lines(output)) <= REFUSALS
 
 
 async def content(url: str, file: str) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from data_gen import triplets
 from data_gen.event_log import EventLog
 from data_gen.prompt import SCHEMA, SYSTEM
+from data_gen.server import Refused, Server
 from data_gen.triplet_file import read_triplets
 from tests.data_gen.triplet_cases import (
     ANSWERS,
@@ -196,14 +198,9 @@ def test_requests_are_what_is_documented(run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        (
-            ["--base-url", "http://me:secret@x/v1"],
-            "--base-url http://me:secret@x/v1: expected http",
-        ),
-        (
-            ["--base-url", "localhost:8000"],
-            "--base-url localhost:8000: expected http(s)://host/path",
-        ),
+        (["--base-url", "http://me:secret@x/v1"], "--base-url: expected http(s)://host/path"),
+        (["--base-url", "http://x:abc/v1"], "--base-url: expected http(s)://host/path"),
+        (["--moderation-url", "localhost:8000"], "--moderation-url: expected http(s)://host"),
         (["--concurrency", "0"], "--concurrency 0: expected 1 to 1000"),
         (["--near-duplicates", "0"], "--near-duplicates 0.0: expected above 0, to 1"),
         (["--edit-length", "9", "3"], "--edit-length [9, 3]: expected 1 <= MIN <= MAX"),
@@ -221,6 +218,79 @@ def test_wrong_options_are_one_line(run, more, error, capsys, tmp_path):
     assert triplets.main([*options(file, tmp_path / "run", server), *more]) == 2
     assert capsys.readouterr().err.startswith(f"error: {error}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_command_that_was_answered_nothing_may_be_given_anew(run, capsys, tmp_path):
+    """With other settings: nothing was made by the first ones. With answers it may not."""
+    _, server, file = run
+    output = tmp_path / "run"
+    file = write_captions(tmp_path / "captions.jsonl", TEXTS[48:52])
+    broken = '{"response_format": {"type": "json_schema", "json_schema": {}}}'
+    few = [*options(file, output, server), "--model", "typo"]
+    assert triplets.main([*few, "--request", broken]) != 0
+    assert not any("answer" in line for line in lines(output))
+    assert triplets.main(options(file, output, server)) == 0
+    assert len(read_triplets(output / "triplets.jsonl")) == 3
+    before = (output / "answers.jsonl").read_bytes()
+    assert triplets.main(few) == 2
+    assert "was made with model 'tiny-chat', this command says 'typo'" in capsys.readouterr().err
+    assert (output / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("events", "empty"),
+    [
+        ([], True),
+        ([{"run": "1"}, {"caption": "a cat", "attempt": 0, "flagged": ["x"]}], True),
+        ([{"batch": "1", "captions": []}, {"batch": "1", "ended": "failed"}], True),
+        ([{"batch": "1", "captions": []}, {"batch": "1", "id": "batch"}], False),
+        ([{"caption": "a cat", "attempt": 1, "refused": "400"}], False),
+        ([{"caption": "a cat", "attempt": 1, "answer": "", "finish": "stop"}], False),
+    ],
+)
+def test_what_may_be_begun_anew(tmp_path, events, empty):
+    """What a server has answered, or still may, is never removed."""
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"model": "typo"}')
+    assert not triplets.forgotten(tmp_path), "a folder of another kind"
+    with closing(EventLog(tmp_path / "answers.jsonl")) as answers:
+        for event in events:
+            answers.append(event)
+    assert triplets.forgotten(tmp_path) == empty != settings.exists()
+
+
+def test_tokens_that_are_not_counted_are_none(run, tmp_path):
+    """As files have them in which null was kept."""
+    folder, server, file = run
+    output = copied(folder, tmp_path / "run")
+    text = (output / "answers.jsonl").read_text()
+    (output / "answers.jsonl").write_text(
+        text.replace('"tokens": [50, 20]', '"tokens": [null, 20]')
+    )
+    assert triplets.main([*options(file, output, server), "--report"]) == 0
+    assert "which read 0 tokens and wrote" in (output / "report.md").read_text()
+
+
+def test_near_duplicates_are_left_out(tmp_path):
+    """Of long captions that differ in a word, those that get the same edit make one triplet, the
+    first; the report counts the others and shows some."""
+    months = ("January", "February", "March", "April", "May", "June", "July", "August")
+    house = "an old red house with a blue door and two white windows by the quiet sea in "
+    file, output = tmp_path / "captions.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"caption": house + month}) + "\n" for month in months))
+    with serve(tmp_path) as server:
+        arguments = options(file, output, server)
+        assert triplets.main(arguments) == 0
+        whole = read_triplets(output / "triplets.jsonl")
+        assert triplets.main([*arguments, "--near-duplicates", "0.8"]) == 0
+    firsts = {triplet.edit: triplet for triplet in reversed(whole)}
+    kept = [triplet for triplet in whole if firsts[triplet.edit] == triplet]
+    assert len(whole) == 8 and 1 < len(kept) < 8
+    assert read_triplets(output / "triplets.jsonl") == kept
+    report, near = (output / "report.md").read_text(), 8 - len(kept)
+    assert f"{len(kept)} triplets of 8 captions" in report
+    assert f"Of these {near} ({near / 8:.2%}) are left out because they are nearly" in report
+    assert f"Accepted, but nearly the same as an earlier triplet ({near}):\n\n- {house}" in report
 
 
 def test_a_wrong_key_is_one_line_without_it(run, capsys, tmp_path, monkeypatch):
@@ -248,6 +318,28 @@ def test_a_request_that_is_always_refused_is_the_commands_fault(run, capsys, tmp
     assert triplets.main([*options(file, tmp_path / "run", server), "--request", broken]) == 2
     assert "refuses every request: 400" in capsys.readouterr().err
     assert not any("refused" in line for line in lines(tmp_path / "run"))
+
+
+def test_another_server_that_refuses_everything_costs_no_captions(
+    run, capsys, tmp_path, monkeypatch
+):
+    """The answers that a run has are not those of the server that it goes on with."""
+    folder, server, file = run
+    more, output = tmp_path / "more.jsonl", copied(folder, tmp_path / "run")
+    write_captions(more, [f"a new caption {number}" for number in range(20)])
+
+    async def refuses(*_):
+        raise Refused("400, no such field")
+
+    arguments = [*options(file, output, server), "--captions", str(file), str(more)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "chat", refuses)
+        assert triplets.main(arguments) == 2
+    assert "refuses every request: 400, no such field" in capsys.readouterr().err
+    assert (output / "answers.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
+    assert triplets.main(arguments) == 0
+    triplets_of = [(x / "triplets.jsonl").read_text() for x in (folder, output)]
+    assert triplets_of[1].removeprefix(triplets_of[0]).count("a new caption") > 20
 
 
 def test_a_half_line_is_repaired_and_a_damaged_one_named(run, tmp_path, capsys):
