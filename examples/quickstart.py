@@ -1,40 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From nothing to edited pictures and a short training run that is stopped and resumes.
+"""From nothing to edited pictures, then the whole method once in small, in a drawn world.
 
   python examples/quickstart.py --output quickstart
 
-Runs the commands a user would run, shows each of them, and writes DIR/index.html with the pictures
-and numbers. Takes a few minutes on 2 cores; nothing is downloaded.
+Edits three scenes with the embedded model. Then goes the way that such a model comes from: makes
+training pairs with Prompt-to-Prompt, filtered by CLIP; trains an editor on them for a moment, which
+is stopped and goes on; edits the scenes with it, and measures both. Runs the commands a user would
+run, shows each of them, and writes DIR/index.html with the pictures and numbers. Takes a few
+minutes on 2 cores; nothing is downloaded. The same command again does what is missing.
 """
 
 import argparse
 import html
 import json
+import random
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import skimage.data
 from PIL import Image
 from rich.console import Console
 
-INSTRUCTIONS = (
-    "make it black and white",
-    "turn it sepia",
-    "invert the colours",
-    "give it a red tint",
-)
-PHOTOS = {
-    "chelsea": (110, 20, 400, 290),
-    "coffee": (100, 0, 500, 400),
-    "astronaut": (60, 0, 410, 350),
-}
-PAIRS, STOP_AFTER = 400, 20
+from data_gen.shapes.edits import apply, draw_changes, instruct
+from data_gen.shapes.render import render
+from data_gen.shapes.scene import draw_scene
+from data_gen.shapes.words import draw_voice
+
+KINDS = ("recolour", "retexture", "background", "restyle")
+COUNTS = (1, 2, 3)  # objects of the three scenes
+SEED = 7
+SIDE = 128  # of a picture on the sheets, px
+SAMPLING = ["--steps", "12", "--sampler", "dpmpp_2m"]
+TEXT_GUIDANCE = 4.0
+GUIDANCE = {"text_guidance": TEXT_GUIDANCE, "image_guidance": 1.5}
+FILTER = ["--clip-threshold", "0.7", "--clip-dir-threshold", "0.4", "--clip-img-threshold", "0.35"]
+STEPS, STOP_AFTER = 200, 50
 
 console = Console(stderr=True)
+
+
+class Row(NamedTuple):
+    """A picture, what is asked of it, and the true edits."""
+
+    picture: Image.Image
+    instructions: list[str]
+    truths: list[Image.Image]
 
 
 def run(*arguments: str, stop_at: Path | None = None) -> None:
@@ -49,64 +64,113 @@ def run(*arguments: str, stop_at: Path | None = None) -> None:
         sys.exit(f"python {shlex.join(arguments)} failed with exit code {process.returncode}")
 
 
-def edit_photos(output: Path, model: str, name: str, steps: int) -> Path:
-    """Edits each photograph by each instruction in one batch; returns the contact sheet."""
+def scenes() -> list[Row]:
+    """Drawn, in words of training, with an edit of each kind and its true result."""
+    rows = []
+    for count in COUNTS:
+        rng = random.Random(f"quickstart {SEED} {count}")
+        scene, voice = draw_scene(rng, count, held_out=False), draw_voice(rng)
+        changes = [draw_changes(rng, scene, None, (kind,), held_out=False) for kind in KINDS]
+        texts = [instruct(rng, scene, change, voice, held_out=False) for change in changes]
+        truths = [Image.fromarray(render(apply(scene, change))) for change in changes]
+        rows.append(Row(Image.fromarray(render(scene)), texts, truths))
+    return rows
+
+
+def edit(output: Path, name: str, model: str, rows: Sequence[Row]) -> Path:
+    """Edits all pictures; returns a sheet of them and the results, each left of the true edit."""
     requests = []
-    for photo, box in PHOTOS.items():
-        source = output / f"{photo}.png"
-        Image.fromarray(getattr(skimage.data, photo)()).crop(box).save(source)
-        for i, instruction in enumerate(INSTRUCTIONS):
-            requests.append(
-                {
-                    "input": str(source),
-                    "instruction": instruction,
-                    "output": str(output / name / f"{photo}_{i}.png"),
-                    "steps": steps,
-                    "sampler": "dpmpp_2m",
-                    "text_guidance": 2.0,
-                    "image_guidance": 1.2,
-                }
-            )
+    for i, row in enumerate(rows):
+        source = output / f"{name}_{i}.png"
+        row.picture.save(source)
+        for j, instruction in enumerate(row.instructions):
+            edited = output / name / f"{i}_{j}.png"
+            request = {"input": str(source), "instruction": instruction, "output": str(edited)}
+            requests.append(request | GUIDANCE)
     listed = output / f"{name}.jsonl"
-    listed.write_text("".join(json.dumps(r) + "\n" for r in requests))
-    run("-m", "ip2p_jax.edit", "--model", model, "--requests", str(listed))
-    size = 128
-    sheet = Image.new("RGB", ((1 + len(INSTRUCTIONS)) * size, len(PHOTOS) * size))
-    for row, photo in enumerate(PHOTOS):
-        files = [output / f"{photo}.png"]
-        files += [output / name / f"{photo}_{i}.png" for i in range(len(INSTRUCTIONS))]
-        for column, file in enumerate(files):
-            picture = Image.open(file).resize((size, size), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (column * size, row * size))
+    listed.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    run("-m", "ip2p_jax.edit", "--model", model, "--requests", str(listed), *SAMPLING)
+    lines = []
+    for i, row in enumerate(rows):
+        edited = [Image.open(output / name / f"{i}_{j}.png") for j in range(len(row.instructions))]
+        pairs = zip(edited, row.truths, strict=True)
+        lines.append([row.picture, *(x for pair in pairs for x in pair)])
+    sheet = Image.new("RGB", (len(lines[0]) * SIDE, len(lines) * SIDE))
+    for i, line in enumerate(lines):
+        for j, picture in enumerate(line):
+            sheet.paste(
+                picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (j * SIDE, i * SIDE)
+            )
     path = output / f"{name}.png"
     sheet.save(path)
     return path
 
 
-def metrics(run_folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+def make_pairs(output: Path) -> None:
+    """Texts, pairs of pictures, shards."""
+    texts, pairs = output / "triplets.jsonl", output / "pairs"
+    if not texts.exists():
+        drawn = ["--triplets", "16", "--objects", "1", "--seed", "9"]
+        run("-m", "data_gen.shapes", "--output", str(texts), *drawn)
+    made = ["-m", "data_gen.pairs", "--triplets", str(texts), "--output", str(pairs), *SAMPLING]
+    made += ["--model", "shapes-sd", "--min-cfg", "3", "--max-cfg", "5"]
+    run(*made, "--clip", "shapes-clip", *FILTER, "--candidates", "4", "--rows", "4")
+    if not (output / "shards").exists():
+        run("-m", "data_gen.pack", "--input", str(pairs), "--output", str(output / "shards"))
 
 
-def page(output: Path, sheets: dict[str, Path], lines: list[dict], seconds: float) -> None:
+def train(output: Path) -> Path:
+    """An editor from the text-to-image model; stopped, and resumed by the same command."""
+    folder = output / "run"
+    command = ["-m", "ip2p_jax.train", "--config", "configs/shapes/short.py"]
+    command += ["--workdir", str(folder), f"--config.data.path={output / 'shards'}"]
+    run(*command, stop_at=folder / "checkpoints" / str(STOP_AFTER))
+    run(*command)
+    return folder
+
+
+def evaluate(output: Path, models: dict[str, str]) -> Path:
+    """Curves over image guidance on rendered pairs that nothing was trained on."""
+    data, curves = output / "validation", output / "curves.png"
+    run("-m", "data_gen.shapes", "--output", str(data), "--pairs", "12", "--seed", "1")
+    asked = ["--data", str(data), "--split", "train", "--clip", "shapes-clip", *SAMPLING]
+    asked += ["--text-guidance", str(TEXT_GUIDANCE), "--image-guidance", "1.0,2.0"]
+    for name, model in models.items():
+        run("-m", "ip2p_jax.evaluate", "--model", model, "--output", str(output / name), *asked)
+    files = [str(output / name / "metrics.jsonl") for name in models]
+    run("-m", "ip2p_jax.curves", *files, "--output", str(curves))
+    return curves
+
+
+class Shown(NamedTuple):
+    """A figure of the page, and the rows of texts that belong to it."""
+
+    title: str
+    file: Path
+    texts: list[list[str]] = []
+
+
+def page(output: Path, figures: Sequence[Shown], seconds: float) -> None:
     """Writes index.html."""
-    rows = "".join(
+    parts = []
+    for title, file, texts in figures:
+        asked = "".join(f"<li>{' | '.join(map(html.escape, line))}</li>" for line in texts)
+        parts.append(f"<h2>{html.escape(title)}</h2>{asked and f'<ol>{asked}</ol>'}")
+        parts.append(f"<img src='{file.relative_to(output)}'>")
+    lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = "".join(
         f"<tr><td>{x['step']}</td><td>{x['loss']:.4f}</td>"
-        f"<td>{x['examples_per_second']:.1f}</td></tr>"
-        for x in lines
-    )
-    heads = " | ".join(["input", *map(html.escape, INSTRUCTIONS)])
-    pictures = "".join(
-        f"<h2>{html.escape(title)}</h2><p>{heads}</p><img src='{path.name}'>"
-        for title, path in sheets.items()
+        f"<td>{x.get('examples_per_second', 0):.1f}</td></tr>"
+        for x in map(json.loads, lines)
+        if "loss" in x
     )
     (output / "index.html").write_text(
         "<!doctype html><meta charset='utf-8'><title>ip2p_jax</title>"
-        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto}"
-        "td,th{padding:.1em 1em;text-align:right}</style>"
-        f"<h1>ip2p_jax</h1>{pictures}<h2>Training</h2>"
-        f"<p>{PAIRS} pairs of photographs; stopped by SIGTERM, then resumed by the same command."
-        f" All of this took {seconds:.0f} s.</p>"
-        f"<table><tr><th>step</th><th>loss</th><th>examples a second</th></tr>{rows}</table>"
+        "<style>body{font:16px sans-serif;max-width:75em;margin:2em auto}img{max-width:100%}"
+        f"td,th{{padding:.1em 1em;text-align:right}}</style><h1>ip2p_jax</h1>{''.join(parts)}"
+        f"<h2>Training</h2><p>{STEPS} steps on the pairs above; stopped by SIGTERM, then resumed by"
+        f" the same command. All of this took {seconds:.0f} s.</p>"
+        f"<table><tr><th>step</th><th>loss</th><th>examples a second</th></tr>{losses}</table>"
     )
 
 
@@ -115,31 +179,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default="quickstart", type=Path)
-    parser.add_argument("--steps", default=20, type=int, help="sampling steps of the edits (20)")
-    args = parser.parse_args()
-    output: Path = args.output
+    output: Path = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    sheets = {"Edits": edit_photos(output, "photos", "edits", args.steps)}
-    if not (output / "photos").exists():
-        pairs = ["--output", str(output / "pairs"), "--count", str(PAIRS)]
-        if not (output / "pairs").exists():
-            run("examples/photo_pairs.py", *pairs)
-        run(
-            "-m",
-            "data_gen.pack",
-            "--input",
-            str(output / "pairs"),
-            "--output",
-            str(output / "photos"),
-        )
-    folder = output / "run"
-    train = ["-m", "ip2p_jax.train", "--config", "configs/quickstart_cpu.py"]
-    train += ["--workdir", str(folder), f"--config.data.path={output / 'photos'}"]
-    run(*train, stop_at=folder / "checkpoints" / str(STOP_AFTER))
-    run(*train)
-    sheets["After the short training run"] = edit_photos(output, str(folder), "after", args.steps)
-    page(output, sheets, metrics(folder), time.monotonic() - start)
+    start, drawn = time.monotonic(), scenes()
+    texts = [row.instructions for row in drawn]
+    edited = edit(output, "edits", "shapes", drawn)
+    make_pairs(output)
+    trained = str(train(output))
+    tried = edit(output, "after", trained, drawn)
+    measured = evaluate(output, {"embedded": "shapes", "short": trained})
+    figures = [
+        Shown("Edits of the embedded model; each left of the true edit", edited, texts),
+        Shown("Training pairs, made with Prompt-to-Prompt", output / "pairs/contact_sheet.png"),
+        Shown(f"The same edits after {STEPS} steps of training on these pairs", tried, texts),
+        Shown("How much is changed, how much is kept: both models", measured),
+    ]
+    page(output, figures, time.monotonic() - start)
     console.print(f"[bold]Open {output / 'index.html'}")
 
 

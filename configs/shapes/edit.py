@@ -10,7 +10,7 @@ python -m data_gen.pack --input data/made_pairs --output data/made
 python -m ip2p_jax.cache_latents --data data/made --output data/made_latents \\
     --model runs/shapes_vae --resolution 64 --flip 0 --views 1 --rows 64
 
-JAX_NUM_CPU_DEVICES=2 python -m ip2p_jax.train --config configs/shapes/edit.py \\
+python -m ip2p_jax.train --config configs/shapes/edit.py \\
     --workdir runs/shapes_edit
 """
 

@@ -4,7 +4,7 @@
 python -m data_gen.tokenizer --data data/shapes --output data/shapes_tokenizer
 python -m ip2p_jax.cache_latents --data data/shapes --output data/shapes_latents \\
     --model runs/shapes_vae --resolution 64 --flip 0 --views 1 --rows 64
-JAX_NUM_CPU_DEVICES=2 python -m ip2p_jax.train --config configs/shapes/sd.py \\
+python -m ip2p_jax.train --config configs/shapes/sd.py \\
     --workdir runs/shapes_sd
 """
 
