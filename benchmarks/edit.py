@@ -32,10 +32,12 @@ def unet_ours(folder: str) -> dict:
     import jax.numpy as jnp
     from flax import nnx
 
+    from ip2p_jax.cli import set_up_jax
     from ip2p_jax.models.layers import abstract
     from ip2p_jax.models.unet import UNet
     from ip2p_jax.weights.load import load
 
+    set_up_jax()
     model = load(folder)
     graphdef, _ = abstract(UNet, model.config.unet)
     params = jax.device_put(model.params["unet"])

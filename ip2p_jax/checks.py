@@ -21,7 +21,8 @@ def text(x: Any) -> str | None:
 
 
 def number(x: Any) -> str | None:
-    return None if isinstance(x, Real) and np.isfinite(float(x)) else "a finite number"
+    fits = isinstance(x, Real) and abs(float(x)) <= np.finfo(np.float32).max
+    return None if fits else "a finite number"
 
 
 def share(x: Any) -> str | None:
