@@ -21,7 +21,7 @@ def text(x: Any) -> str | None:
 
 
 def number(x: Any) -> str | None:
-    fits = isinstance(x, Real) and abs(float(x)) <= np.finfo(np.float32).max
+    fits = isinstance(x, Real) and abs(float(x)) <= float(np.finfo(np.float32).max)
     return None if fits else "a finite number"
 
 

@@ -110,6 +110,7 @@ def test_incomplete_arguments(refused, folder, args, line):
         ({"seed": 2**32}, "seed: 4294967296, expected"),
         ({"text_guidance": "7"}, "text_guidance: '7', expected a finite number"),
         ({"text_guidance": 10**400}, "too large"),
+        ({"text_guidance": 1e39}, "text_guidance: 1e+39, expected a finite number"),
         ({"image_guidance": float("nan")}, "image_guidance: nan, expected a finite number"),
         ({"resolution": "512"}, "resolution: '512', expected pixels (1 to 8192) or 'own'"),
     ],
